@@ -1,0 +1,118 @@
+"""Checks that no single key can answer for: contradictions between keys, and what has to exist on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from coconut.config.faults import Fault, Note
+
+#: Folder that a command makes -> the command.
+RECIPES = {"data/arrow_maze": "python launch/prepare_data.py arrow-maze"}
+
+_OWN_DATA = f"give your own (README: your own data), or make the demo's with `{RECIPES['data/arrow_maze']}`"
+_NEED_VALIDATION = ("advance_at", "early_stopping_patience", "save_only_improve")
+
+
+def contradictions(values: Mapping[str, Any], faulty: Collection[str]) -> list[Fault]:
+    """Faults between keys that are each sound; keys in ``faulty`` are left out of the judgement."""
+    found = (fault for keys, fault in _contradictions(values) if not set(keys) & set(faulty))
+    return list(found)
+
+
+def _contradictions(values: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Fault]]:
+    if values["fp16"] and values["bf16"]:
+        text = "fp16 = True with bf16 = True: choose one, bf16 where the GPU has it (no loss scaling needed)"
+        yield ("fp16", "bf16"), Fault("fp16", text)
+    if values["attn_implementation"] == "flash_attention_2" and not (values["fp16"] or values["bf16"]):
+        text = "attn_implementation = 'flash_attention_2': computes in half precision only; set bf16: true, or use sdpa"
+        yield ("attn_implementation", "fp16", "bf16"), Fault("attn_implementation", text)
+    whole, micro = values["global_batch_size"], values["batch_size_training"]
+    if whole is not None and micro > whole:
+        text = f"batch_size_training = {micro}: is more than global_batch_size = {whole}, of which it is a part"
+        yield ("batch_size_training", "global_batch_size"), Fault("batch_size_training", text)
+    accumulation = values["gradient_accumulation_steps"]
+    if whole is not None and accumulation != 1:
+        text = (
+            f"gradient_accumulation_steps = {accumulation} with global_batch_size = {whole}: keep one of them; "
+            "accumulation follows from global_batch_size, batch_size_training and the number of ranks"
+        )
+        keys = ("gradient_accumulation_steps", "global_batch_size")
+        yield keys, Fault("gradient_accumulation_steps", text)
+
+
+def observations(values: Mapping[str, Any]) -> list[Note]:
+    """What is allowed, but perhaps not what was meant."""
+    notes = []
+    last = values["max_latent_stage"]
+    beyond = sorted(stage for stage in values["stages"] if stage > last)
+    if beyond:
+        names = ", ".join(map(str, beyond))
+        notes.append(Note(f"settings of stages {names} are not used: max_latent_stage = {last}"))
+    if values["method"] == "coconut" and values["num_epochs"] is not None:
+        epochs = [values["stages"].get(k, {}).get("epochs", values["epochs_per_stage"]) for k in range(last)]
+        if sum(epochs) >= values["num_epochs"]:
+            notes.append(
+                Note(
+                    f"num_epochs = {values['num_epochs']} may end before stage {last} begins: "
+                    f"the stages before it take up to {sum(epochs)} epochs"
+                )
+            )
+    return notes
+
+
+def missing_paths(values: Mapping[str, Any]) -> list[Fault]:
+    """Faults of paths that are not set or not there, each with the way to get it."""
+    faults = []
+    needed = "test_data_path" if values["only_eval"] else "train_data_path"
+    if values[needed] is None:
+        faults.append(Fault(needed, f"{needed}: not set; {_OWN_DATA}"))
+    unused = ("train_data_path", "val_data_path") if values["only_eval"] else ()
+    for key in ("train_data_path", "val_data_path", "test_data_path"):
+        if values[key] is not None and key not in unused and not Path(values[key]).exists():
+            faults.append(Fault(key, f"{key} = {values[key]!r}: does not exist; {_recipe(values[key]) or _OWN_DATA}"))
+    if values["val_data_path"] is None and not values["only_eval"]:
+        for key in _NEED_VALIDATION:
+            if values[key] or (key == "advance_at" and any(table.get(key) for table in values["stages"].values())):
+                faults.append(Fault(key, f"{key}: looks at validation, but val_data_path is not set"))
+    return faults + _missing_model(values) + _missing_others(values)
+
+
+def _missing_model(values: Mapping[str, Any]) -> list[Fault]:
+    start, model = values["load_model_path"], values["model_id"]
+    if start is not None:
+        if Path(start).is_dir():
+            return []
+        return [Fault("load_model_path", f"load_model_path = {start!r}: is not a folder; give a checkpoint's, or null")]
+    if not looks_local(model) or Path(model).is_dir():
+        return []
+    fix = _recipe(model) or "give a folder with config.json, or a hub id such as OpenGVLab/InternVL3-1B-hf"
+    return [Fault("model_id", f"model_id = {model!r}: is not a folder; {fix}")]
+
+
+def _missing_others(values: Mapping[str, Any]) -> list[Fault]:
+    faults = []
+    root, resume, engine = values["image_root"], values["resume"], values["deepspeed"]
+    if root is not None and not Path(root).is_dir():
+        fix = "give the folder that image paths of the data start from, or null for the data file's own"
+        faults.append(Fault("image_root", f"image_root = {root!r}: is not a folder; {fix}"))
+    if resume not in ("auto", "none") and not values["only_eval"] and not Path(resume).exists():
+        faults.append(Fault("resume", f"resume = {resume!r}: must be auto, none, or a checkpoint that exists"))
+    if engine is not None and not values["only_eval"] and not Path(engine).is_file():
+        known = ", ".join(str(path) for path in sorted(Path("ds_configs").glob("*.json")))
+        choices = f"; known here: {known}" if known else "; run from the project's folder, which holds ds_configs/"
+        faults.append(Fault("deepspeed", f"deepspeed = {engine!r}: no such file{choices}"))
+    return faults
+
+
+def looks_local(model_id: str) -> bool:
+    """Whether a model's name can only be a path: a hub id is ``name`` or ``owner/name``."""
+    return model_id.startswith((".", "/", "~")) or model_id.count("/") > 1 or model_id.endswith("/")
+
+
+def _recipe(path: str) -> str | None:
+    for folder, command in RECIPES.items():
+        if Path(path).is_relative_to(folder):
+            return f"make it with `{command}`"
+    return None

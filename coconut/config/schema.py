@@ -1,0 +1,190 @@
+"""Every configuration key: its type, range, default, unit and meaning. Documentation is made from this file."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, with_config
+from typing_extensions import TypedDict
+
+METHODS = ("coconut", "cot", "no_cot")
+
+_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+def _not_bool(value: Any) -> Any:
+    if isinstance(value, bool):  # pydantic would take `true` for 1
+        raise ValueError("must be a number")
+    return value
+
+
+def _not_python_none(value: Any) -> Any:
+    if isinstance(value, str) and value.strip() in ("", "None"):
+        raise ValueError("must be text; write null for none")
+    return value
+
+
+Int = Annotated[int, BeforeValidator(_not_bool)]
+Float = Annotated[float, BeforeValidator(_not_bool)]
+Text = Annotated[str, BeforeValidator(_not_python_none)]
+
+
+@with_config(_STRICT)
+class StageSettings(TypedDict, total=False):
+    """What one stage does differently; a key that is left out follows the run's key of the same meaning."""
+
+    learning_rate: Annotated[Float, Field(gt=0, le=1, description="peak learning rate of this stage")]
+    epochs: Annotated[Int, Field(ge=1, description="epochs of this stage, at most")]
+    uniform_prob: Annotated[Float, Field(ge=0, le=1, description="stage mixing in this stage")]
+    warmup_steps: Annotated[Int, Field(ge=0, description="warm-up of this stage, in optimizer steps")]
+    advance_at: Annotated[Float | None, Field(gt=0, le=1, description="matching fraction that ends this stage")]
+
+
+class Schema(BaseModel):
+    """All keys, in the order in which documentation and saved files list them."""
+
+    model_config = _STRICT
+
+    # -- run --
+    seed: Int = Field(42, ge=0, lt=2**63, description="seed of initial weights, data order and stage mixing")
+    project: Text = Field("multimodal-coconut", description="wandb project, where wandb_project is not set")
+    name: Text = Field("multimodal_coconut", description="name of the run; its folder is save_path/name")
+    save_path: Text = Field("runs", description="folder that holds the run folders")
+    debug: bool = Field(
+        False, description="small run for debugging: log_level DEBUG, 32 training and 16 validation samples, unless set"
+    )
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="least level that is logged")
+    log_every_n_steps: Int = Field(10, ge=1, description="optimizer steps between two rows of training metrics")
+    use_wandb: bool = Field(False, description="also send metrics to wandb (WANDB_MODE=offline works)")
+    wandb_project: Text | None = Field(None, description="wandb project; null = project")
+
+    # -- model --
+    model_id: Text = Field(
+        "OpenGVLab/InternVL3-1B-Pretrained", description="model to start from: a hub id or a local folder"
+    )
+    load_model_path: Text | None = Field(
+        None, description="checkpoint folder to start from in place of model_id (stage_K/ or final/ of another run)"
+    )
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = Field(
+        "sdpa", description="attention kernel; flash_attention_2 needs a GPU and bf16 or fp16"
+    )
+    latent_init_token: Text | None = Field(
+        None, description="token whose embedding the three new tokens start from; null = the line break"
+    )
+    bf16: bool = Field(False, description="weights and activations in bfloat16, with float32 master weights")
+    fp16: bool = Field(False, description="weights and activations in float16, with loss scaling; not with bf16")
+    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward: memory for time")
+
+    # -- curriculum --
+    method: Literal["coconut", "cot", "no_cot"] = Field(
+        "coconut",
+        description="coconut: stages of latent thoughts; cot: written steps only; no_cot: the answer at once",
+    )
+    c_thought: Int = Field(2, ge=1, le=64, description="latent thoughts that replace one written step")
+    max_latent_stage: Int = Field(4, ge=0, le=1000, description="last stage K; stage k replaces the first k steps")
+    epochs_per_stage: Int = Field(5, ge=1, description="epochs of a stage, at most")
+    num_epochs: Int | None = Field(
+        40, ge=1, description="epochs of the whole run, at most; the last stage takes what is left; null = no limit"
+    )
+    uniform_prob: Float = Field(0.1, ge=0, le=1, description="probability that a sample is shown at a random stage")
+    pad_latent_to_max: bool = Field(
+        False, description="give samples with fewer steps than the stage the full number of thoughts too"
+    )
+    advance_at: Float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="fraction of validation samples whose whole text must match to end a stage; null = never",
+    )
+    stages: dict[Annotated[int, Field(ge=0)], StageSettings] = Field(
+        default_factory=dict,
+        description="settings of single stages: learning_rate, epochs, uniform_prob, warmup_steps, advance_at",
+    )
+
+    # -- optimization --
+    learning_rate: Float = Field(1e-5, gt=0, le=1, description="peak learning rate of AdamW")
+    weight_decay: Float = Field(0.01, ge=0, le=1, description="decoupled weight decay of AdamW")
+    warmup_steps: Int = Field(
+        1000, ge=0, description="linear warm-up, in optimizer steps; once more after each optimizer reset"
+    )
+    max_grad_norm: Float = Field(1.0, ge=0, description="gradient norm to clip to; 0 = do not clip")
+    reset_optimizer: bool = Field(True, description="start each stage with a fresh optimizer")
+    batch_size_training: Int = Field(8, ge=1, description="samples in a micro-batch of one rank")
+    gradient_accumulation_steps: Int = Field(1, ge=1, description="micro-batches of one rank in an optimizer step")
+    global_batch_size: Int | None = Field(
+        None,
+        ge=1,
+        description="samples in an optimizer step over all ranks; "
+        "null = batch_size_training x gradient_accumulation_steps x ranks",
+    )
+    samples_per_epoch: Int | None = Field(
+        None, ge=1, description="samples that count as an epoch; null = the whole training set"
+    )
+    max_steps: Int | None = Field(None, ge=1, description="optimizer steps after which the run ends; null = no limit")
+
+    # -- data --
+    train_data_path: Text | None = Field(None, description="training data: JSON, JSONL, or a folder of shards")
+    val_data_path: Text | None = Field(None, description="validation data; null = no validation")
+    test_data_path: Text | None = Field(None, description="test data, scored once at the end or by only_eval")
+    image_root: Text | None = Field(None, description="folder that relative image paths of JSON data start from")
+    max_train_samples: Int | None = Field(None, ge=1, description="use only the first so many training samples")
+    max_val_samples: Int | None = Field(None, ge=1, description="use only the first so many validation samples")
+    num_workers: Int = Field(4, ge=0, le=256, description="data loader processes of a rank; 0 = load in the rank")
+    image_size: Int = Field(448, ge=28, le=4096, description="side of an image tile, in pixels")
+    max_num_patches: Int = Field(12, ge=1, le=128, description="tiles an image is cut into, at most (no thumbnail)")
+    use_thumbnail: bool = Field(True, description="add the whole image as one more tile where it was cut")
+    dynamic_preprocess: bool = Field(True, description="cut images by their aspect ratio; false = one tile each")
+    prompt_format: Literal["auto", "plain", "chat"] = Field(
+        "auto", description="chat: the tokenizer's chat template; plain: a line break; auto: chat where there is one"
+    )
+    max_length: Int | None = Field(
+        None, ge=8, description="longest sample in tokens, images included; a longer one is an error; null = no limit"
+    )
+    pad_to_multiple_of: Int = Field(1, ge=1, le=4096, description="pad batches to a multiple of so many columns")
+
+    # -- evaluation --
+    only_eval: bool = Field(False, description="do not train: score load_model_path or model_id on test_data_path")
+    batch_size_eval: Int = Field(16, ge=1, description="samples a rank evaluates at once")
+    eval_every_n_epochs: Int = Field(1, ge=1, description="epochs between two validations")
+    max_new_tokens: Int = Field(100, ge=1, description="tokens generated for a sample, at most")
+
+    # -- checkpoints --
+    resume: Text = Field(
+        "auto", description="auto: go on from the run folder's newest checkpoint; none: start anew; or a path"
+    )
+    save_every_n_epochs: Int = Field(5, ge=1, description="epochs between two checkpoints; a stage's end is always one")
+    save_only_improve: bool = Field(False, description="save only when the validation got better")
+    max_checkpoints: Int = Field(5, ge=1, description="checkpoints kept; the oldest goes first")
+    early_stopping_patience: Int | None = Field(
+        None, ge=1, description="validations without improvement that end a stage; null = off"
+    )
+    early_stopping_min_delta: Float = Field(0.0, ge=0, description="least gain in accuracy that is an improvement")
+
+    # -- machine --
+    deepspeed: Text | None = Field(
+        None, description="DeepSpeed JSON file (ds_configs/); null = ZeRO stage 0, everything whole on every rank"
+    )
+    num_threads: Int | None = Field(None, ge=1, description="CPU threads of a rank; null = as the launcher set them")
+
+    @field_validator("log_level", mode="before")
+    @classmethod
+    def _upper_case(cls, value: Any) -> Any:
+        return value.upper() if isinstance(value, str) else value
+
+    @field_validator("name")
+    @classmethod
+    def _one_folder_name(cls, value: str) -> str:
+        if value in (".", "..") or "/" in value or "\\" in value:
+            raise ValueError("must be a single folder name, without a slash; the folder above it is save_path")
+        return value
+
+    @field_validator("resume", mode="before")
+    @classmethod
+    def _resume_choices(cls, value: Any) -> Any:
+        if value is True:
+            return "auto"
+        if value in (None, False, 0):  # the original recipes write `resume: 0`
+            return "none"
+        if isinstance(value, int):
+            raise ValueError("must be auto, none or a checkpoint's path; an epoch's number does not name a checkpoint")
+        return value

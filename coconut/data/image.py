@@ -1,0 +1,254 @@
+"""Encoded image -> uint8 tiles, as InternVL's own image processor of transformers makes them.
+
+    path | bytes | PIL image --open_image--> RGB, upright --ImageProcessor--> uint8 [patches, 3, H, W]
+
+Tiles stay uint8 until they are on the device, where the model normalises them: a quarter of the bytes.
+Resizing and tiling are done by transformers (`GotOcr2ImageProcessor`, InternVL's); what is here is robust
+decoding, the patch count of an image that is not opened, and the short cut for images of one tile's size.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from coconut.types import DataError
+
+if TYPE_CHECKING:
+    import torch
+
+    ImageLike = str | Path | bytes | Image.Image
+
+#: Larger images are refused: a file of some kilobytes can unpack to gigabytes.
+MAX_PIXELS = 89_478_485  # 0.25 GiB of RGB, Pillow's own warning level
+#: What makes a picture upright, by its EXIF orientation (tag 274); 5 to 8 lie on their side.
+_ORIENTATION_TAG = 274
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_SETTINGS = ("image_size", "max_num_patches", "use_thumbnail", "dynamic_preprocess")
+
+
+def open_image(image: ImageLike) -> Image.Image:
+    """Decode an image to upright 8-bit RGB; of an animation, its first frame.
+
+    Transparency is laid over white, 16-bit samples are scaled (not clipped), EXIF rotation is applied.
+
+    Raises:
+        DataError: the file is missing, empty, no image, truncated, or larger than MAX_PIXELS.
+    """
+    name = "image" if isinstance(image, (bytes, Image.Image)) else str(image)
+    with _open(image, name) as opened:
+        try:
+            opened.load()
+            rgb = _to_rgb(opened)
+            turn = _UPRIGHT.get(_orientation(opened))  # only now: a PNG may hold its EXIF after the pixels
+            return rgb if turn is None else rgb.transpose(turn)
+        except (OSError, SyntaxError, ValueError, EOFError, MemoryError) as error:
+            raise DataError(f"{name} cannot be decoded: {error}") from error
+
+
+def image_header(image: ImageLike) -> tuple[int, int, str]:
+    """Upright width, height and the usual file suffix (``png``, ``jpg`` ...), without decoding pixels.
+
+    Raises:
+        DataError: as `open_image`, but a truncated file goes unnoticed.
+    """
+    name = "image" if isinstance(image, (bytes, Image.Image)) else str(image)
+    with _open(image, name) as opened:
+        width, height = opened.size
+        format_ = (opened.format or "png").lower()
+        # getexif() of a PNG without an EXIF chunk ahead of its pixels would decode them all.
+        has_exif = format_ != "png" or "exif" in opened.info
+        if has_exif and _orientation(opened) >= 5:
+            width, height = height, width
+    return width, height, {"jpeg": "jpg", "mpo": "jpg", "tiff": "tif"}.get(format_, format_)
+
+
+class ImageProcessor:
+    """InternVL's dynamic tiling, to uint8.
+
+    An image is scaled to the grid of ``image_size`` tiles (at most ``max_num_patches``) whose shape is
+    nearest to its own, and cut up; a thumbnail of the whole follows when there is more than one tile.
+
+    Args:
+        image_size: side of a tile in pixels.
+        max_num_patches: most tiles an image may have, the thumbnail not counted.
+        use_thumbnail: whether the thumbnail is added.
+        dynamic_preprocess: False scales every image to one tile.
+    """
+
+    def __init__(
+        self,
+        image_size: int = 448,
+        max_num_patches: int = 12,
+        use_thumbnail: bool = True,
+        dynamic_preprocess: bool = True,
+    ) -> None:
+        if image_size < 1 or max_num_patches < 1:
+            raise DataError(f"image_size {image_size} and max_num_patches {max_num_patches} must be at least 1")
+        self.image_size = image_size
+        self.max_num_patches = max_num_patches
+        self.use_thumbnail = use_thumbnail
+        self.dynamic_preprocess = dynamic_preprocess
+        self._tiler: Any = None  # made at the first image that needs it: the import takes seconds
+
+    @classmethod
+    def from_config(cls, config: Any) -> ImageProcessor:
+        """From anything with attributes image_size, max_num_patches, use_thumbnail, dynamic_preprocess."""
+        return cls(**{name: getattr(config, name) for name in _SETTINGS})
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> ImageProcessor:
+        """Read what `save_pretrained` wrote, or the preprocessor_config.json of an InternVL model in -hf format."""
+        path = Path(directory) / "preprocessor_config.json"
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise DataError(f"no image processor in {path}: {error}") from error
+        size = values.get("size") or {}
+        return cls(
+            image_size=values.get("image_size") or (size.get("height") if isinstance(size, dict) else size) or 448,
+            max_num_patches=values.get("max_num_patches", values.get("max_patches", 12)),
+            use_thumbnail=values.get("use_thumbnail", True),
+            dynamic_preprocess=values.get("dynamic_preprocess", values.get("crop_to_patches", True)),
+        )
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write preprocessor_config.json: transformers' keys, so that its own processor loads it, and ours."""
+        path = Path(directory) / "preprocessor_config.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        values = {**self._transformers_tiler().to_dict(), **{name: getattr(self, name) for name in _SETTINGS}}
+        path.write_text(json.dumps(values, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8")
+
+    def process_image(self, image_path: ImageLike) -> torch.Tensor:
+        """One image, given as a path, as encoded bytes or as a PIL image, to uint8 [patches, 3, H, W].
+
+        Raises:
+            DataError: as `open_image`.
+        """
+        import torch
+
+        pixels_HWC = np.asarray(open_image(image_path))
+        pixels_CHW = torch.from_numpy(pixels_HWC.transpose(2, 0, 1).copy())
+        height, width = pixels_CHW.shape[1:]
+        columns, rows = self._grid(width, height)
+        if (width, height) == (self.image_size, self.image_size) and columns * rows == 1:
+            return pixels_CHW.unsqueeze(0)  # what the tiler would return, without its fixed cost
+        tiler = self._transformers_tiler()
+        size = type(tiler.size)(height=self.image_size, width=self.image_size)
+        tiles: torch.Tensor = tiler.crop_image_to_patches(
+            pixels_CHW.unsqueeze(0),
+            min_patches=1,
+            max_patches=self.max_num_patches if self.dynamic_preprocess else 1,
+            use_thumbnail=self.use_thumbnail,
+            patch_size=size,
+            resample=tiler.resample,
+        )
+        return tiles[0]
+
+    def process_images(self, image_paths: list[Any]) -> torch.Tensor:
+        """Several images, their tiles one after another: uint8 [patches of all, 3, H, W]."""
+        import torch
+
+        if not image_paths:
+            return torch.zeros((0, 3, self.image_size, self.image_size), dtype=torch.uint8)
+        return torch.cat([self.process_image(path) for path in image_paths])
+
+    def num_patches(self, width: int, height: int) -> int:
+        """Rows that an upright image of this size takes in pixel_values, thumbnail included."""
+        columns, rows = self._grid(width, height)
+        tiles = columns * rows
+        return tiles + (1 if self.use_thumbnail and tiles > 1 else 0)
+
+    def _grid(self, width: int, height: int) -> tuple[int, int]:
+        max_patches = self.max_num_patches if self.dynamic_preprocess else 1
+        return (1, 1) if max_patches == 1 else _best_grid(width, height, self.image_size, max_patches)
+
+    def _transformers_tiler(self) -> Any:
+        if self._tiler is None:
+            from transformers import GotOcr2ImageProcessor
+            from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+            self._tiler = GotOcr2ImageProcessor(
+                size={"height": self.image_size, "width": self.image_size},
+                crop_to_patches=self.dynamic_preprocess,
+                max_patches=self.max_num_patches,
+                image_mean=IMAGENET_DEFAULT_MEAN,
+                image_std=IMAGENET_DEFAULT_STD,
+            )
+        return self._tiler
+
+
+@lru_cache(maxsize=65536)
+def _best_grid(width: int, height: int, image_size: int, max_patches: int) -> tuple[int, int]:
+    """Columns and rows of tiles, by transformers' own rule (its cache is too small for a data set's sizes)."""
+    from transformers.models.got_ocr2.image_processing_got_ocr2 import get_optimal_tiled_canvas
+
+    columns, rows = get_optimal_tiled_canvas((height, width), (image_size, image_size), 1, max_patches)
+    return columns, rows
+
+
+def _open(image: ImageLike, name: str) -> AbstractContextManager[Image.Image]:
+    """A Pillow image whose header is read and whose size is within bounds; closed afterwards if opened here."""
+    if isinstance(image, Image.Image):
+        return nullcontext(image)
+    try:
+        opened = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
+    except FileNotFoundError:
+        raise DataError(f"image {name} does not exist") from None
+    except Image.DecompressionBombError as error:
+        raise DataError(f"{name} is refused: {error}") from None
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError) as error:
+        kind = "empty (0 bytes)" if image == b"" else f"not an image that can be read: {error}"
+        raise DataError(f"{name} is {kind}") from None
+    if opened.width * opened.height > MAX_PIXELS:
+        opened.close()
+        raise DataError(f"{name} is {opened.width} x {opened.height} pixels, more than {MAX_PIXELS}")
+    return opened
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation 1 to 8; 1, upright, where there is none or it cannot be read."""
+    try:
+        orientation = image.getexif().get(_ORIENTATION_TAG, 1)
+    except (OSError, SyntaxError, ValueError, KeyError, TypeError, struct.error):
+        return 1  # a damaged note about the camera is no reason to lose the picture
+    return orientation if orientation in _UPRIGHT else 1
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I") or image.mode == "F":
+        return _from_wide(image)
+    if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    return image.convert("RGB")
+
+
+def _from_wide(image: Image.Image) -> Image.Image:
+    """16-bit, 32-bit and float grey to RGB by scale; Pillow's own conversion clips at 255."""
+    values = np.asarray(image).astype(np.float64)
+    if not np.isfinite(values).all() or values.min(initial=0) < 0 or values.max(initial=0) > 65535:
+        raise ValueError(f"a picture of mode {image.mode} with values outside 0..65535")
+    if image.mode == "F":
+        full = next(full for full in (1.0, 255.0, 65535.0) if values.max(initial=0) <= full)
+    else:
+        full = 65535.0
+    return Image.fromarray(np.round(values * (255.0 / full)).astype(np.uint8)).convert("RGB")

@@ -1,0 +1,137 @@
+"""The plan carried out: a webdataset pipeline over planned samples, for one rank.
+
+    EpochPlan --this rank's slots--> read (shard, offset, size) --> encode --> stage --> collate --> Batch
+              |<------------------- webdataset DataPipeline, in 0 or more workers ------------------->|
+
+An item of the pipeline is a micro-batch from its first stage on, since an empty one has to travel as well:
+every rank yields ``ceil(slots / world)`` micro-batches a step, and those beyond the plan's slots, or without
+samples, are inert. Workers take turns, so the order is the same for any number of them. The resume state is
+``start_step`` alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import webdataset
+from torch import Generator
+from torch.utils.data import DataLoader, get_worker_info
+
+from coconut.data.plan import EpochPlan
+from coconut.types import Batch, DataError, Sample
+
+
+class SampleSource(Protocol):
+    """Random access to samples: `ShardReader`, `MultimodalDataset`."""
+
+    def read(self, index: int) -> Sample: ...
+
+
+@dataclass(frozen=True)
+class _MicroBatch:
+    """A micro-batch on its way through the pipeline, and its place in the plan."""
+
+    step: int
+    slot: int
+    items: list[Any]  # indices, then Samples, then features
+
+
+class StreamLoader:
+    """The micro-batches of one rank for one epoch, in order; each iteration starts anew at ``start_step``.
+
+    Args:
+        dataset: where samples are read from.
+        plan: the epoch.
+        rank, world: this rank, of how many. Slot s belongs to rank s % world.
+        encode: Sample -> features.
+        stage: features -> features with ids and labels.
+        collate: features of a micro-batch -> Batch; of no features, an inert Batch.
+        num_workers: processes that prepare micro-batches ahead; 0 prepares them in this one.
+        start_step: optimizer steps of the epoch that are done already.
+
+    Each Batch's ``extras`` hold its "step" and "slot". A DataError of any stage is raised here, in one line,
+    from a worker too.
+    """
+
+    def __init__(
+        self,
+        dataset: SampleSource,
+        plan: EpochPlan,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        encode: Callable[[Sample], dict[str, Any]],
+        stage: Callable[[dict[str, Any]], dict[str, Any]],
+        collate: Callable[[Sequence[dict[str, Any]]], Batch],
+        num_workers: int = 0,
+        start_step: int = 0,
+    ) -> None:
+        if not 0 <= rank < world:
+            raise DataError(f"rank is {rank} of {world}; ranks count from 0")
+        if not 0 <= start_step <= len(plan):
+            raise DataError(f"start_step is {start_step}, but the epoch has {len(plan)} steps")
+        self.plan, self.rank, self.world, self.start_step = plan, rank, world, start_step
+        self.num_workers = num_workers
+        self.accumulation = -(-plan.slots // world)  # micro-batches of this rank, and of any other, a step
+        self.pipeline = webdataset.DataPipeline(
+            self._planned,
+            webdataset.map(_each(dataset.read)),
+            webdataset.map(_each(lambda sample: stage(encode(sample)))),
+            webdataset.map(_collated(collate)),
+            _errors_as_items,
+        )
+
+    def __len__(self) -> int:
+        return (len(self.plan) - self.start_step) * self.accumulation
+
+    def __iter__(self) -> Iterator[Batch]:
+        stream: Iterable[Any] = self.pipeline
+        if self.num_workers > 0:
+            stream = DataLoader(
+                self.pipeline,
+                batch_size=None,
+                num_workers=self.num_workers,
+                # Its own generator: starting workers must not move the process's random state.
+                generator=Generator(),
+            )
+        for item in stream:
+            if isinstance(item, DataError):
+                raise DataError(*item.args)
+            yield item
+
+    def _planned(self) -> Iterator[_MicroBatch]:
+        """Source of the pipeline: the turns of this worker among this rank's micro-batches."""
+        worker = get_worker_info()
+        turn, n_workers = (worker.id, worker.num_workers) if worker is not None else (0, 1)
+        position = 0
+        for step in range(self.start_step, len(self.plan)):
+            turns = range(position, position + self.accumulation)
+            mine = [number for number in range(self.accumulation) if turns[number] % n_workers == turn]
+            position += self.accumulation
+            slots = self.plan.step(step) if mine else []
+            for number in mine:
+                slot = number * self.world + self.rank
+                yield _MicroBatch(step, slot, slots[slot].tolist() if slot < len(slots) else [])
+
+
+def _each(function: Callable[[Any], Any]) -> Callable[[_MicroBatch], _MicroBatch]:
+    return lambda batch: _MicroBatch(batch.step, batch.slot, [function(item) for item in batch.items])
+
+
+def _collated(collate: Callable[[Sequence[dict[str, Any]]], Batch]) -> Callable[[_MicroBatch], Batch]:
+    def run(micro_batch: _MicroBatch) -> Batch:
+        batch = collate(micro_batch.items)
+        batch.extras |= {"step": micro_batch.step, "slot": micro_batch.slot}
+        return batch
+
+    return run
+
+
+def _errors_as_items(stream: Iterable[Batch]) -> Iterator[Batch | DataError]:
+    """Let an error end the stream as its last item: torch would wrap one raised in a worker in a traceback."""
+    try:
+        yield from stream
+    except DataError as error:
+        yield error

@@ -1,0 +1,145 @@
+"""How a model was asked, what it said to each question, and what that comes to: the values that evaluation hands on.
+
+On disk, in a folder of its own:
+
+    predictions.jsonl   one `Prediction` a line, in the order of the data
+    summary.json        the numbers of a table's row, the options, the checkpoint; written last
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from coconut.evaluation.score import wilson_interval
+from coconut.types import ConfigError, StageSpec
+
+THOUGHTS = ("own", "noise")
+PREDICTIONS_FILE = "predictions.jsonl"
+SUMMARY_FILE = "summary.json"
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """How a model is asked.
+
+    Attributes:
+        batch_size: questions a generate call, on each rank.
+        max_new_tokens: a text that has not ended by then is cut, and scored as it is.
+        limit: only the first so many samples; None takes all.
+        shuffle_images: show every question the image of another sample, each image once (text-only samples stay).
+        thoughts: "own", or "noise": each thought is replaced by Gaussian noise of the same norm.
+        seed: of shuffling and noise.
+    """
+
+    batch_size: int = 250
+    max_new_tokens: int = 64
+    limit: int | None = None
+    shuffle_images: bool = False
+    thoughts: str = "own"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "max_new_tokens", "limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}; give a number of at least 1")
+        if self.thoughts not in THOUGHTS:
+            raise ConfigError(f"thoughts is {self.thoughts!r}; choose from {', '.join(THOUGHTS)}")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One question, what the model said, and whether that was right. A sample that could not be read is wrong."""
+
+    index: int
+    key: str
+    question: str
+    prediction: str  # the generated text as it is, without the end-of-sequence token
+    target: str  # the text that training asks for at this stage
+    answer: str  # the truth
+    predicted_answer: str | None
+    correct: bool  # the answers match
+    full_match: bool  # the whole text is the target
+    n_generated: int  # tokens, the end of sequence counted
+    n_latents: int
+    passes: int  # sequential forward passes: latents, the first token, then one a token
+    n_prompt_tokens: int
+    n_patches: int
+    images_from: str | None = None  # key of the sample whose images were shown instead
+    error: str | None = None  # why this sample could not be asked
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """All predictions in the order of the data, and what they come to."""
+
+    predictions: tuple[Prediction, ...]
+    spec: StageSpec
+    options: EvaluationOptions
+    seconds: float  # spent in generate on real batches, summed over ranks
+
+    @property
+    def n_samples(self) -> int:
+        return len(self.predictions)
+
+    @property
+    def accuracy(self) -> float:
+        return sum(p.correct for p in self.predictions) / self.n_samples
+
+    @property
+    def full_match(self) -> float:
+        return sum(p.full_match for p in self.predictions) / self.n_samples
+
+    def mean(self, name: str) -> float:
+        """Mean of a count over the samples that were asked; 0 where none was."""
+        values = [getattr(p, name) for p in self.predictions if p.error is None]
+        return sum(values) / len(values) if values else 0.0
+
+    def summary(self) -> dict[str, Any]:
+        """The numbers of a table's row; plain values, ready for JSON."""
+        n_correct = sum(p.correct for p in self.predictions)
+        return {
+            "n_samples": self.n_samples,
+            "n_correct": n_correct,
+            "n_failed": sum(p.error is not None for p in self.predictions),
+            "accuracy": self.accuracy,
+            "accuracy_interval_95": list(wilson_interval(n_correct, self.n_samples)),
+            "full_match": self.full_match,
+            "mean_generated_tokens": self.mean("n_generated"),
+            "mean_latents": self.mean("n_latents"),
+            "mean_forward_passes": self.mean("passes"),
+            "seconds_per_sample": self.seconds / self.n_samples,
+            "stage_spec": asdict(self.spec),
+            "options": asdict(self.options),
+        }
+
+    def headline(self) -> str:
+        """The result in one line that a person can read."""
+        low, high = wilson_interval(sum(p.correct for p in self.predictions), self.n_samples)
+        return (
+            f"accuracy {self.accuracy:.2%} (95 % interval {low:.2%} to {high:.2%}, {self.n_samples} samples), "
+            f"{self.mean('n_generated'):.1f} tokens generated, {self.mean('passes'):.1f} sequential forward passes, "
+            f"{1000 * self.seconds / self.n_samples:.1f} ms a sample"
+        )
+
+    def save(self, folder: Path, extra: dict[str, Any] | None = None) -> None:
+        """Write predictions.jsonl and summary.json; the summary comes last and so marks a complete result.
+
+        Args:
+            folder: made if missing.
+            extra: further entries of the summary (checkpoint, data).
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps(asdict(p), ensure_ascii=False) + "\n" for p in self.predictions]
+        _write_whole(folder / PREDICTIONS_FILE, "".join(lines))
+        _write_whole(folder / SUMMARY_FILE, json.dumps({**self.summary(), **(extra or {})}, indent=2) + "\n")
+
+
+def _write_whole(path: Path, text: str) -> None:
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)

@@ -1,0 +1,5 @@
+"""The model layer: backbone -> spans -> multipass -> loss, generate -> coconut."""
+
+from coconut.model.coconut import CoconutOutput, MultimodalCoconut
+
+__all__ = ["CoconutOutput", "MultimodalCoconut"]

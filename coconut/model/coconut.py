@@ -1,0 +1,410 @@
+"""`MultimodalCoconut`: a vision-language model that thinks in continuous latent space.
+
+    ids + tiles --vision tower, once--> embeddings --multipass.run_passes--> hidden --label positions--> loss
+
+Shapes: B rows, L columns, H hidden size, P image tiles of the batch, T image tokens a tile, K latent columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from coconut.model import loading
+from coconut.model.backbone import normalise_pixels, wrap_backbone
+from coconut.model.generate import generation_settings, left_pad, wrap_questions
+from coconut.model.loss import label_loss, label_positions, n_chunks
+from coconut.model.multipass import PassOutput, ThoughtTransform, checkpoint_layers, run_passes
+from coconut.model.spans import cut_into_passes, latent_columns
+from coconut.types import DataError, PromptTemplate, StageSpec
+from coconut.utils.distributed import all_reduce_max, get_world_size
+
+
+@dataclass
+class CoconutOutput(CausalLMOutputWithPast):
+    """transformers' output, and the thoughts [B, K, H] when they were asked for."""
+
+    thoughts: torch.FloatTensor | None = None
+
+
+class MultimodalCoconut(nn.Module):
+    """Chain of continuous thought over a vision-language (or text-only) transformers model.
+
+    Args:
+        base_model: InternVL in transformers' format, or any causal language model.
+        latent_token_id: id of ``<|latent|>``; its embedding is replaced by the previous hidden state.
+        start_latent_id: id of ``<|start-latent|>``.
+        end_latent_id: id of ``<|end-latent|>``.
+        eos_token_id: id that ends a generated answer.
+
+    Attributes:
+        lockstep: make the same calls on every rank whatever its batch holds, as ZeRO requires: the number of passes
+            and head calls is agreed before each forward, and the vision tower is always called. The training engine
+            sets it; every rank must then call forward equally often.
+        prompt_template: how raw questions are wrapped by `generate`; set by `from_pretrained` and the trainer.
+        stage_spec: the curriculum stage the weights were trained at; gives `generate` its number of thoughts.
+    """
+
+    def __init__(
+        self,
+        base_model: PreTrainedModel,
+        latent_token_id: int,
+        start_latent_id: int,
+        end_latent_id: int,
+        eos_token_id: int,
+    ) -> None:
+        super().__init__()
+        self.base_model = base_model
+        self.backbone = wrap_backbone(base_model)
+        self.latent_token_id = latent_token_id
+        self.start_latent_id = start_latent_id
+        self.end_latent_id = end_latent_id
+        self.eos_token_id = eos_token_id
+        self.hidden_size: int = self.backbone.text_config.hidden_size
+        self.tokens_per_patch: int = self.backbone.tokens_per_patch
+        self.lockstep = False
+        self.prompt_template: PromptTemplate | None = None
+        self.stage_spec: StageSpec | None = None
+        self.metadata: dict[str, Any] = {}  # saved with the weights: data, curriculum, scores
+        self.register_buffer("pixel_mean", torch.tensor(self.backbone.pixel_mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(self.backbone.pixel_std).view(1, 3, 1, 1), persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.base_model.parameters()).device
+
+    @property
+    def latent_ids(self) -> tuple[int, int, int]:
+        """Ids of the start, latent and end tokens."""
+        return self.start_latent_id, self.latent_token_id, self.end_latent_id
+
+    @classmethod
+    def from_pretrained(cls, model_id: str | Path, config: Any = None) -> MultimodalCoconut:
+        """Load a hub id or folder: a plain transformers checkpoint, or one saved by `save_pretrained`.
+
+        Args:
+            model_id: hub id or local folder.
+            config: optional run configuration; gives dtype, attention backend, and whether the weights are
+                partitioned while they load (ZeRO-3).
+
+        Raises:
+            ConfigError: no such folder, or a model family that is not supported.
+            CheckpointError: the folder's files are damaged.
+        """
+        return loading.load_model(cls, model_id, config)
+
+    def save_pretrained(self, path: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Write a folder that plain transformers loads, with ``coconut.json`` beside the weights.
+
+        Args:
+            path: the folder.
+            state_dict: gathered weights under this module's names; needed when they are partitioned (ZeRO-3).
+        """
+        loading.save_model(self, Path(path), state_dict)
+
+    def gradient_checkpointing_enable(self) -> None:
+        """Recompute activations in the backward: per decoder layer and pass, and in the vision tower."""
+        checkpoint_layers(self.backbone.decoder_layers)
+        checkpoint_layers(self.backbone.vision_layers)
+
+    def encode_images(self, pixel_values: Tensor, num_patches: Tensor | None = None) -> Tensor:
+        """Visual features [P, T, H] of tiles [P, 3, height, width] (uint8, or floats normalised already).
+
+        Args:
+            pixel_values: tiles; five dimensions [B, patches, 3, height, width] are flattened.
+            num_patches: [B] real tiles of each row, for five dimensions; None means that all are real.
+        """
+        pixels_PCHW = flatten_tiles(pixel_values, num_patches).to(self.device)
+        dtype = self.base_model.dtype
+        return self.backbone.encode_images(normalise_pixels(pixels_PCHW, self.pixel_mean, self.pixel_std, dtype))
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        image_flags: Tensor | None = None,
+        past_key_values: Any = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        *,
+        num_patches: Tensor | None = None,
+        visual_features: Tensor | None = None,
+        loss_only: bool = False,
+        num_items_in_batch: float | Tensor | None = None,
+        output_thoughts: bool = False,
+    ) -> CoconutOutput | tuple[Any, ...]:
+        """Logits, and the loss when labels are given (arXiv 2412.06769, section 3).
+
+        Args:
+            input_ids: [B, L] token ids; every ``<|latent|>`` is computed, not looked up.
+            pixel_values: [P, 3, height, width] tiles in the order of their image tokens, or [B, patches, 3, ...].
+            attention_mask: [B, L], 1 for tokens; padding may stand on either side.
+            position_ids: [B, L]; by default they count tokens and skip padding.
+            image_flags: [B, 1], 0 for rows whose tiles are placeholders to be dropped (five-dimensional
+                ``pixel_values`` only).
+            past_key_values: a transformers cache that `input_ids` continue; not together with latents.
+            labels: [B, L], -100 where nothing is to be learnt.
+            use_cache: return the keys and values as a transformers cache.
+            output_attentions, output_hidden_states: as in transformers, at full length.
+            return_dict: False returns a tuple.
+            num_patches: [B] real tiles of each row.
+            visual_features: [P, T, H] from `encode_images`, in place of ``pixel_values``.
+            loss_only: compute logits at label positions only, and return none.
+            num_items_in_batch: divisor of the summed loss; by default the batch's own label tokens.
+            output_thoughts: return the thoughts [B, K, H].
+
+        Raises:
+            DataError: images and image tokens do not match, or a latent has no token before it.
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        columns = latent_columns(input_ids, self.latent_token_id, attention_mask)
+        if past_key_values is not None:
+            if columns:
+                raise DataError("past_key_values cannot be given together with latent tokens in input_ids")
+            return self.base_model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                labels=labels,
+                use_cache=use_cache,
+                output_attentions=output_attentions,
+                output_hidden_states=output_hidden_states,
+                return_dict=return_dict is not False,
+            )
+        if labels is not None:
+            # A padded position has nothing to predict, whatever its label says.
+            labels = labels.masked_fill(attention_mask == 0, -100)
+        chunks = n_chunks(int(label_positions(labels).sum())) if labels is not None else 1
+        output, hidden_BLH, chunks = self._run(
+            input_ids,
+            attention_mask,
+            columns,
+            position_ids=position_ids,
+            pixel_values=_drop_unflagged(pixel_values, image_flags),
+            num_patches=num_patches,
+            visual_features=visual_features,
+            chunks=chunks,
+            output_hidden_states=bool(output_hidden_states),
+            output_attentions=bool(output_attentions),
+        )
+        head = self.backbone.head
+        logits = None if loss_only else head(hidden_BLH)
+        loss = None
+        if labels is not None:
+            if num_items_in_batch is None:
+                num_items_in_batch = label_positions(labels).sum().clamp(min=1)
+            if logits is None:
+                total = label_loss(head, hidden_BLH, labels, chunks)
+            else:
+                total = label_loss(nn.Identity(), logits, labels)
+            loss = total / num_items_in_batch
+        assert output.cache is not None
+        result = CoconutOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=output.cache.to_dynamic(self.backbone.text_config) if use_cache else None,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+            thoughts=_stack_thoughts(output, hidden_BLH) if output_thoughts else None,
+        )
+        return result.to_tuple() if return_dict is False else result
+
+    def _run(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        columns: list[int],
+        *,
+        position_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        num_patches: Tensor | None = None,
+        visual_features: Tensor | None = None,
+        chunks: int = 1,
+        thought_transform: ThoughtTransform | None = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+    ) -> tuple[PassOutput, Tensor, int]:
+        """Embed, then run the passes all ranks agreed on; returns the loop's output, hidden [B, L, H], head calls."""
+        length = input_ids.shape[1]
+        n_passes = len(columns) + 1
+        # An image nowhere in the batch still leaves the vision tower to be called: ZeRO counts calls on every rank, and
+        # ZeRO-3 would apply the last step's gradient once more to a parameter that got none in this one.
+        see_nothing = self.lockstep and pixel_values is None and self.backbone.tile_size > 0
+        if self.lockstep and get_world_size() > 1:
+            n_passes, chunks = (int(v) for v in all_reduce_max([n_passes, chunks]))
+        if length < n_passes:  # a very short batch is widened by padding so that it can be cut as often as the others
+            pad = n_passes - length
+            input_ids = nn.functional.pad(input_ids, (0, pad), value=self.eos_token_id)
+            attention_mask = nn.functional.pad(attention_mask, (0, pad), value=0)
+            position_ids = None if position_ids is None else nn.functional.pad(position_ids, (0, pad), value=0)
+        if position_ids is None:
+            position_ids = self.backbone.position_ids(attention_mask)
+        if pixel_values is not None:
+            visual_features = self.encode_images(pixel_values, num_patches)
+        elif see_nothing:
+            nothing_0TH = self.encode_images(self._black_tile())[:0]
+            visual_features = nothing_0TH if visual_features is None else visual_features
+        embeds_BLH = self.backbone.embed(input_ids)
+        if visual_features is not None:
+            embeds_BLH = self._insert_images(embeds_BLH, input_ids, visual_features)
+        elif self._count_image_tokens(input_ids):
+            raise DataError(
+                f"input_ids hold {self._count_image_tokens(input_ids)} image tokens (id {self.backbone.image_token_id}) "
+                "but no pixel_values or visual_features were given"
+            )
+        output = run_passes(
+            self.backbone.decoder,
+            embeds_BLH,
+            attention_mask,
+            position_ids,
+            cut_into_passes(columns, input_ids.shape[1], n_passes),
+            input_ids == self.latent_token_id,
+            latent_columns=columns,
+            thought_transform=thought_transform,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+        )
+        return output, output.hidden_BLH[:, :length], chunks
+
+    def _black_tile(self) -> Tensor:
+        """What the vision tower is shown when there is no image; its features are cut away, not multiplied by zero.
+
+        So it is in the graph and gets gradients of exactly zero, with no arithmetic that makes NaN of an infinity.
+        """
+        size = self.backbone.tile_size
+        return torch.zeros(1, 3, size, size, dtype=torch.uint8, device=self.device)
+
+    def _count_image_tokens(self, input_ids: Tensor) -> int:
+        return 0 if self.backbone.image_token_id is None else int((input_ids == self.backbone.image_token_id).sum())
+
+    def _insert_images(self, embeds_BLH: Tensor, input_ids: Tensor, features_PTH: Tensor) -> Tensor:
+        """Put visual features where the image tokens are, in order."""
+        features_NH = features_PTH.reshape(-1, features_PTH.shape[-1])
+        n_tokens = self._count_image_tokens(input_ids)
+        if n_tokens != features_NH.shape[0]:
+            raise DataError(
+                f"input_ids hold {n_tokens} image tokens, but {features_PTH.shape[0]} tiles give "
+                f"{features_NH.shape[0]} ({self.tokens_per_patch} a tile); expand one image token a feature, and "
+                "pass num_patches when pixel_values are padded"
+            )
+        rows_columns = (input_ids == self.backbone.image_token_id).nonzero(as_tuple=True)
+        return embeds_BLH.index_put(rows_columns, features_NH.to(embeds_BLH.dtype))
+
+    @torch.no_grad()
+    def generate(
+        self,
+        pixel_values: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_flags: Tensor | None = None,
+        visual_features: Tensor | None = None,
+        generation_config: dict[str, Any] | GenerationConfig | None = None,
+        *,
+        num_patches: Tensor | None = None,
+        n_latents: int | None = None,
+        wrap_prompt: bool | None = None,
+        thought_transform: ThoughtTransform | None = None,
+        **generate_kwargs: Any,
+    ) -> Tensor:
+        """Think, then answer: new token ids [B, T] only, right-padded.
+
+        The latents run once, with the cache; transformers' own generation decodes from there, so sampling, beams,
+        stopping criteria and streamers work as they do there.
+
+        Args:
+            pixel_values, num_patches, image_flags, visual_features: as in `forward`; not both pixels and features.
+            input_ids: [B, L] prompts. Raw question ids without any special token are wrapped in the training prompt,
+                with image tokens and latents placed; prompts that hold special tokens are used as they are.
+            attention_mask: [B, L]; padding on the right is moved to the left.
+            generation_config: transformers' settings; `generate_kwargs` win over it, and it over the defaults
+                (max_new_tokens 100, do_sample True, temperature 0.7, top_p 0.9, top_k 50).
+            n_latents: thoughts of a wrapped prompt; by default those of the checkpoint's stage.
+            wrap_prompt: wrap (True) or do not (False), instead of looking for special tokens.
+            thought_transform: replaces each thought before it is fed back.
+
+        Raises:
+            DataError: no input_ids, pixels and features both given, or images without a place.
+        """
+        if input_ids is None:
+            raise DataError("generate needs input_ids: the ids of the question, or of a whole prompt")
+        if pixel_values is not None and visual_features is not None:
+            raise DataError("give either pixel_values or visual_features to generate, not both")
+        input_ids = input_ids.to(self.device)
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(self.device)
+        pixel_values = _drop_unflagged(pixel_values, image_flags)
+        input_ids, mask = wrap_questions(
+            self, input_ids, mask, pixel_values, visual_features, num_patches, n_latents, wrap_prompt
+        )
+        input_ids, mask = left_pad(input_ids, mask)
+        if bool((input_ids[:, -1] == self.latent_token_id).any()):
+            raise DataError("a prompt ends with a latent token; end the span with <|end-latent|>")
+        columns = latent_columns(input_ids, self.latent_token_id, mask)
+        settings = generation_settings(generation_config, generate_kwargs, self.eos_token_id)
+        was_training = self.training
+        self.eval()
+        output, _, _ = self._run(
+            input_ids[:, :-1],
+            mask[:, :-1],
+            columns,
+            pixel_values=pixel_values,
+            num_patches=num_patches,
+            visual_features=visual_features,
+            thought_transform=thought_transform,
+        )
+        assert output.cache is not None
+        cache = output.cache.to_dynamic(self.backbone.text_config)
+        cache.batch_repeat_interleave(max(settings.num_beams or 1, settings.num_return_sequences or 1))
+        extra = {k: v for k, v in generate_kwargs.items() if not hasattr(settings, k)}
+        ids = self.base_model.generate(
+            input_ids=input_ids,
+            attention_mask=mask,
+            generation_config=settings,
+            synced_gpus=self.lockstep and get_world_size() > 1,
+            past_key_values=cache,
+            **extra,
+        )
+        self.train(was_training)
+        return ids[:, input_ids.shape[1] :]
+
+
+def flatten_tiles(pixel_values: Tensor, num_patches: Tensor | None) -> Tensor:
+    """[B, patches, 3, height, width] -> [P, 3, height, width], padding tiles dropped; four dimensions pass through.
+
+    Raises:
+        DataError: neither four nor five dimensions.
+    """
+    if pixel_values.dim() == 4:
+        return pixel_values
+    if pixel_values.dim() != 5:
+        raise DataError(
+            f"pixel_values have {pixel_values.dim()} dimensions, shape {tuple(pixel_values.shape)}; give "
+            "[patches, 3, height, width] or [batch, patches, 3, height, width]"
+        )
+    if num_patches is None:
+        return pixel_values.flatten(0, 1)
+    real_BP = torch.arange(pixel_values.shape[1], device=pixel_values.device) < num_patches.to(pixel_values.device)[:, None]
+    return pixel_values[real_BP]
+
+
+def _drop_unflagged(pixel_values: Tensor | None, image_flags: Tensor | None) -> Tensor | None:
+    """Leave out the tiles of rows whose flag is 0; only five-dimensional pixels say which row a tile belongs to."""
+    if pixel_values is None or image_flags is None or pixel_values.dim() != 5:
+        return pixel_values
+    kept = pixel_values[image_flags.flatten().bool()]
+    return kept if len(kept) else None
+
+
+def _stack_thoughts(output: PassOutput, hidden_BLH: Tensor) -> Tensor:
+    return torch.cat(output.thoughts, dim=1) if output.thoughts else hidden_BLH[:, :0]

@@ -1,0 +1,122 @@
+"""What happens before and around transformers' own decoding: prompts, padding, settings.
+
+Shapes: B rows, L columns.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import GenerationConfig
+
+from coconut.types import DataError
+
+if TYPE_CHECKING:
+    from coconut.model.coconut import MultimodalCoconut
+
+#: The documented defaults of `MultimodalCoconut.generate`.
+DEFAULTS: dict[str, Any] = {"max_new_tokens": 100, "do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 50}
+
+
+def generation_settings(
+    generation_config: dict[str, Any] | GenerationConfig | None, kwargs: dict[str, Any], eos_token_id: int
+) -> GenerationConfig:
+    """Merge, in rising order: the documented defaults, `generation_config`, keyword arguments.
+
+    Greedy and beam search take no sampling settings, so those of the defaults are left out unless sampling is on.
+    """
+    given = generation_config.to_diff_dict() if isinstance(generation_config, GenerationConfig) else generation_config
+    chosen = {**(given or {}), **{k: v for k, v in kwargs.items() if hasattr(GenerationConfig(), k)}}
+    settings = {**DEFAULTS, **chosen}
+    if "max_length" in chosen and "max_new_tokens" not in chosen:
+        del settings["max_new_tokens"]
+    if not settings["do_sample"]:
+        for name in ("temperature", "top_p", "top_k"):
+            settings.pop(name)
+    settings.setdefault("eos_token_id", eos_token_id)
+    settings.setdefault("pad_token_id", eos_token_id)
+    return GenerationConfig(**settings)
+
+
+def left_pad(input_ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Move each row's padding to its left, keeping the order of its tokens; drop columns nobody uses.
+
+    At least two columns come back, so that every rank has something to put into the cache before it decodes.
+    """
+    if input_ids.shape[1] < 2:
+        input_ids, mask = F.pad(input_ids, (1, 0), value=int(input_ids[0, 0])), F.pad(mask, (1, 0), value=0)
+    if bool(mask.all()):
+        return input_ids, mask
+    order = mask.bool().long().sort(dim=1, stable=True).indices
+    input_ids, mask = input_ids.gather(1, order), mask.gather(1, order)
+    first = min(int(mask.any(0).long().argmax()), mask.shape[1] - 2)
+    return input_ids[:, first:], mask[:, first:]
+
+
+def wrap_questions(
+    model: MultimodalCoconut,
+    input_ids: Tensor,
+    mask: Tensor,
+    pixel_values: Tensor | None,
+    visual_features: Tensor | None,
+    num_patches: Tensor | None,
+    n_latents: int | None,
+    wrap: bool | None,
+) -> tuple[Tensor, Tensor]:
+    """Wrap raw question ids in the training prompt; prompts that hold special tokens pass through.
+
+    Raises:
+        DataError: the model knows no prompt template, or the tiles cannot be told apart by row.
+    """
+    special = [*model.latent_ids]
+    if model.backbone.image_token_id is not None:
+        special.append(model.backbone.image_token_id)
+    if wrap is None:
+        is_raw = not bool(torch.isin(input_ids, torch.tensor(special, device=input_ids.device)).any())
+        wrap = is_raw and model.prompt_template is not None
+    if not wrap:
+        return input_ids, mask
+    if model.prompt_template is None:
+        raise DataError(
+            "this model has no prompt template (it was not loaded from a checkpoint of the trainer); set "
+            "model.prompt_template, or pass whole prompts with their image and latent tokens"
+        )
+    tiles_B = _tiles_a_row(pixel_values, visual_features, num_patches, input_ids.shape[0])
+    spec = model.stage_spec
+    if n_latents is None:
+        n_latents = spec.n_latents if spec is not None else 0
+    rows = []
+    for row, n_tiles in enumerate(tiles_B):
+        question = input_ids[row][mask[row].bool()].tolist()
+        ids = model.prompt_template.prompt(question, [n_tiles * model.tokens_per_patch] if n_tiles else [])
+        if n_latents or (spec is not None and spec.markers):
+            ids += [model.start_latent_id, *([model.latent_token_id] * n_latents), model.end_latent_id]
+        rows.append(ids)
+    length = max(len(ids) for ids in rows)
+    device = input_ids.device
+    wrapped = torch.tensor([[model.eos_token_id] * (length - len(ids)) + ids for ids in rows], device=device)
+    new_mask = torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in rows], device=device)
+    return wrapped, new_mask
+
+
+def _tiles_a_row(
+    pixel_values: Tensor | None, visual_features: Tensor | None, num_patches: Tensor | None, rows: int
+) -> list[int]:
+    if num_patches is not None:
+        return [int(n) for n in num_patches]
+    if pixel_values is not None and pixel_values.dim() == 5:
+        return [pixel_values.shape[1]] * rows
+    total = 0
+    if pixel_values is not None:
+        total = pixel_values.shape[0]
+    elif visual_features is not None:
+        total = visual_features.shape[0]
+    if rows > 1 and total:
+        raise DataError(
+            f"{total} image tiles for {rows} questions: say which belong to whom, with num_patches [batch] or "
+            "five-dimensional pixel_values"
+        )
+    return [total] * rows

@@ -1,0 +1,142 @@
+"""Loading and saving a `MultimodalCoconut`: ordinary transformers folders with one file of ours beside the weights.
+
+    FOLDER/config.json  model.safetensors  tokenizer ...      what plain transformers reads
+    FOLDER/coconut.json                                        latent ids, prompt template, stage, metadata
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedModel
+
+from coconut.config.deepspeed import zero_stage
+from coconut.model.backbone import backbone_class
+from coconut.types import CheckpointError, ConfigError, PromptTemplate, StageSpec
+from coconut.utils.distributed import get_world_size, init_distributed_training
+from coconut.utils.logging import get_logger
+from coconut.utils.tokenizer import load_tokenizer, special_token_ids
+
+if TYPE_CHECKING:
+    from coconut.model.coconut import MultimodalCoconut
+
+logger = get_logger(__name__)
+
+METADATA_FILE = "coconut.json"
+BASE_PREFIX = "base_model."
+
+
+def load_model(cls: type[MultimodalCoconut], model_id: str | Path, config: Any = None) -> MultimodalCoconut:
+    """See `MultimodalCoconut.from_pretrained`."""
+    tokenizer = load_tokenizer(str(model_id))
+    start_id, latent_id, end_id = special_token_ids(tokenizer)
+    try:
+        hf_config = AutoConfig.from_pretrained(str(model_id))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model_id {str(model_id)!r} has no readable config.json: {error}") from error
+    adapter = backbone_class(hf_config.model_type)
+    options: dict[str, Any] = {"dtype": "auto"}
+    keep_alive = None
+    if config is not None:
+        options["dtype"] = torch.bfloat16 if config.bf16 else torch.float32
+        options["attn_implementation"] = config.attn_implementation
+        keep_alive = _enter_zero3(config, hf_config)
+    try:
+        base_model = adapter.auto_class.from_pretrained(str(model_id), **options)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"cannot load weights from {str(model_id)!r}: {error}") from error
+    init_token = getattr(config, "latent_init_token", None) if config is not None else None
+    _add_embeddings(base_model, tokenizer, (start_id, latent_id, end_id), init_token)
+    model = cls(base_model, latent_id, start_id, end_id, tokenizer.eos_token_id)
+    model.zero3_config = keep_alive  # transformers forgets that it runs under ZeRO-3 when this object dies
+    _read_metadata(model, Path(model_id))
+    return model
+
+
+def _enter_zero3(config: Any, hf_config: Any) -> Any:
+    """Tell transformers to partition the weights while it loads them, when the run uses ZeRO-3."""
+    if not config.deepspeed or zero_stage(config.deepspeed) != 3:
+        return None
+    from transformers.integrations import HfDeepSpeedConfig
+
+    from coconut.config.deepspeed import resolve_ds_config
+
+    init_distributed_training()
+    hidden_size = hf_config.get_text_config(decoder=True).hidden_size
+    return HfDeepSpeedConfig(resolve_ds_config(config, world_size=get_world_size(), hidden_size=hidden_size))
+
+
+def _add_embeddings(
+    base_model: PreTrainedModel, tokenizer: Any, special_ids: tuple[int, ...], init_token: str | None
+) -> None:
+    """Let the tokens that `load_tokenizer` had to add start from the embedding of an existing token.
+
+    A random row would start far from every trained one; the original starts from an ordinary token too. The line
+    break is the default, because that is what stands between two steps. Some checkpoints have spare rows, so a table
+    that is large enough still needs its rows set.
+    """
+    if not tokenizer.added_latent_tokens:
+        return
+    rows = _embedding_rows(base_model)
+    source_ids = tokenizer.encode(init_token or "\n", add_special_tokens=False)
+    if not source_ids:
+        raise ConfigError(f"latent_init_token {init_token!r} is no token of this tokenizer; choose an existing one")
+    if len(tokenizer) > rows:
+        base_model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    tables = [base_model.get_input_embeddings(), base_model.get_output_embeddings()]
+    weights = list({id(table.weight): table.weight for table in tables if table is not None}.values())
+    with _gathered(weights), torch.no_grad():
+        for weight in weights:
+            weight[list(special_ids)] = weight[source_ids[-1]].clone()
+    logger.info("embeddings of %s start from that of %r", special_ids, init_token or "\n")
+
+
+def _embedding_rows(base_model: PreTrainedModel) -> int:
+    weight = base_model.get_input_embeddings().weight
+    return int(getattr(weight, "ds_shape", weight.shape)[0])
+
+
+def _gathered(weights: list[Tensor]) -> Any:
+    """Whole weights inside, for reading and writing, when ZeRO-3 has partitioned them."""
+    import contextlib
+
+    if not any(hasattr(weight, "ds_id") for weight in weights):
+        return contextlib.nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(weights, modifier_rank=0)
+
+
+def _read_metadata(model: MultimodalCoconut, folder: Path) -> None:
+    path = folder / METADATA_FILE
+    if not path.is_file():
+        return
+    try:
+        content = json.loads(path.read_text())
+        model.prompt_template = PromptTemplate.from_dict(content["prompt_template"])
+        model.stage_spec = StageSpec(**content["stage_spec"]) if content["stage_spec"] else None
+        model.metadata = content["metadata"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged ({error!r}); save the checkpoint again") from error
+
+
+def save_model(model: MultimodalCoconut, folder: Path, state_dict: dict[str, Tensor] | None) -> None:
+    """See `MultimodalCoconut.save_pretrained`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = None
+    if state_dict is not None:
+        weights = {name.removeprefix(BASE_PREFIX): w for name, w in state_dict.items() if name.startswith(BASE_PREFIX)}
+    model.base_model.save_pretrained(folder, state_dict=weights)
+    template = model.prompt_template or PromptTemplate()
+    content = {
+        "latent_ids": list(model.latent_ids),
+        "prompt_template": template.to_dict(),
+        "stage_spec": dataclasses.asdict(model.stage_spec) if model.stage_spec else None,
+        "metadata": model.metadata,
+    }
+    (folder / METADATA_FILE).write_text(json.dumps(content, indent=2) + "\n")

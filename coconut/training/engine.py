@@ -1,0 +1,88 @@
+"""The DeepSpeed engine: built from our configuration, with every "auto" resolved and the result on disk."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from coconut.config.deepspeed import resolve_ds_config
+from coconut.model import MultimodalCoconut
+from coconut.types import ConfigError
+from coconut.utils.distributed import get_world_size, init_distributed_training, is_main_process
+from coconut.utils.logging import get_logger
+
+logger = get_logger(__name__)
+
+
+def build_engine(model: MultimodalCoconut, config: Any, run_dir: Path) -> Any:
+    """Hand `model` to a DeepSpeed engine, which owns optimizer, gradients and precision from then on.
+
+    Args:
+        model: its weights may already be partitioned (ZeRO-3).
+        config: the run configuration.
+        run_dir: the resolved DeepSpeed configuration is written to ``ds_config.json`` there.
+
+    Raises:
+        ConfigError: the two configurations contradict each other, or nothing is left to train.
+    """
+    import deepspeed
+
+    init_distributed_training(force=True)
+    resolved = resolve_ds_config(config, world_size=get_world_size(), hidden_size=model.hidden_size)
+    if is_main_process():
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "ds_config.json").write_text(json.dumps(resolved, indent=2) + "\n")
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not trainable:
+        raise ConfigError("no parameter is left to train")
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=trainable, config=resolved)
+    model.lockstep = True
+    return engine
+
+
+def _innermost(optimizer: Any) -> torch.optim.Optimizer:
+    """DeepSpeed wraps the torch optimizer once or twice, depending on ZeRO stage and precision."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def reset_optimizer(engine: Any) -> None:
+    """Put the optimizer's moments and step counts back to what they were before the first step.
+
+    In place, since ZeRO keeps references to the tensors for its checkpoints.
+    """
+    for state in _innermost(engine.optimizer).state.values():
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor):
+                value.zero_()
+            elif isinstance(value, (int, float)) and not isinstance(value, bool):
+                state[name] = type(value)(0)
+
+
+def set_learning_rate(engine: Any, learning_rate: float) -> None:
+    """Set the rate of every parameter group for the next step."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+def gathered_state_dict(engine: Any) -> dict[str, torch.Tensor]:
+    """The whole model's weights on rank 0 (empty elsewhere); every rank must call it."""
+    if engine.zero_optimization_partition_weights():
+        return engine._zero3_consolidated_16bit_state_dict() or {}
+    return engine.module.state_dict() if is_main_process() else {}
+
+
+def is_owned(engine: Any, optimizer: Any) -> bool:
+    """Whether `optimizer` is the engine's, at any depth of its wrapping."""
+    own = engine.optimizer
+    while own is not None:
+        if optimizer is own:
+            return True
+        own = getattr(own, "optimizer", None)
+    return False

@@ -1,0 +1,78 @@
+"""Metrics of a run: one JSON line a measurement, to wandb as well when that is on, and a line a person can read."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from coconut.utils.distributed import is_main_process
+from coconut.utils.logging import get_logger, log_to_wandb
+
+logger = get_logger(__name__)
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class MetricsWriter:
+    """Appends rows to RUN/metrics.jsonl from the main process; other ranks write nothing."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.path = run_dir / METRICS_FILE
+
+    def rewind(self, step: int) -> None:
+        """Drop the rows of steps after `step`, which a resumed run is about to take again."""
+        if not is_main_process() or not self.path.exists():
+            return
+        rows = [line for line in self.path.read_text().splitlines() if json.loads(line).get("step", 0) <= step]
+        partial = self.path.with_suffix(".partial")
+        partial.write_text("".join(f"{line}\n" for line in rows))
+        partial.replace(self.path)
+
+    def write(self, kind: str, **values: Any) -> None:
+        """One row: ``kind`` is train, val or stage."""
+        if not is_main_process():
+            return
+        row = {"kind": kind, **values}
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        log_to_wandb({f"{kind}/{name}": v for name, v in values.items() if isinstance(v, (int, float))}, values["step"])
+
+
+@dataclass
+class Totals:
+    """Sums over optimizer steps, on all ranks; divided only when they are read."""
+
+    loss_sum: float = 0.0
+    label_tokens: int = 0
+    samples: int = 0
+    tokens: int = 0
+    steps: int = 0
+    started: float = field(default_factory=time.perf_counter)
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.started
+
+    def rates(self) -> dict[str, float]:
+        """Mean loss a label token, and how fast it went."""
+        seconds = max(self.seconds, 1e-9)
+        return {
+            "loss": self.loss_sum / max(self.label_tokens, 1),
+            "samples_per_s": self.samples / seconds,
+            "tokens_per_s": self.tokens / seconds,
+        }
+
+
+def progress_line(where: str, rates: dict[str, float], seconds_left: float | None) -> str:
+    """``stage 1  epoch 2/8  step 40/157  loss 0.1234  512 samples/s  20.1k tokens/s  at most 1:05 left``."""
+    line = f"{where}  loss {rates['loss']:.4f}  {rates['samples_per_s']:.0f} samples/s"
+    line += f"  {rates['tokens_per_s'] / 1000:.1f}k tokens/s"
+    if seconds_left is not None:
+        minutes, seconds = divmod(round(seconds_left), 60)
+        hours, minutes = divmod(minutes, 60)
+        clock = f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+        line += f"  at most {clock} left in this stage"
+    return line

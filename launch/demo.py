@@ -1,0 +1,245 @@
+"""The whole demo: make the data, train, evaluate, report. `bash launch/demo.sh` installs what is missing, then this.
+
+    data -> Coconut, stage by stage -> no-CoT, as many steps -> evaluations, two at a time -> report
+
+    OUT/model/            the tiny model that every run starts from
+    OUT/coconut/          Coconut's run folder; stage_0 is the CoT model, final the one that thinks in latent space
+    OUT/no_cot_lr.../     answers without reasoning
+    OUT/eval/             one folder an evaluation
+    OUT/report/           the page and its figures
+    OUT/demo_times.json   wall time of each part
+
+Each part is a command a user could type, and is printed as such. What is complete is skipped, and a training run that was
+stopped goes on, so the demo may be started again at any time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = Path("data/arrow_maze")  # as args/demo.yaml names it, below ROOT
+CPU_RANKS = 2
+#: Overrides of args/demo.yaml that leave of each stage a minute's smoke test.
+QUICK = (
+    "samples_per_epoch=320",
+    "epochs_per_stage=1",
+    "stages.0.epochs=1",
+    "stages.last.epochs=1",
+    "max_val_samples=40",
+    "warmup_steps=5",
+)
+
+
+class PartError(Exception):
+    """A command of the demo ended with an error; its own message is on the screen or in a log file."""
+
+
+class Demo:
+    """The parts, in order; each may be called again.
+
+    Args:
+        out: folder of everything that this demo makes, data apart.
+        seed: of the model's first weights, the order of the data and the stage mixing.
+        quick: train and evaluate a little of everything, to see that it runs.
+        no_cot_learning_rate: of the run without reasoning.
+        n_gpus: 0 trains on two CPU ranks.
+    """
+
+    def __init__(self, out: Path, seed: int, quick: bool, no_cot_learning_rate: float, n_gpus: int) -> None:
+        self.out = out
+        self.seed = seed
+        self.quick = quick
+        self.no_cot_learning_rate = no_cot_learning_rate
+        self.n_gpus = n_gpus
+        self.coconut = out / "coconut"
+        self.no_cot = out / f"no_cot_lr{no_cot_learning_rate:g}"
+        self.times_file = out / "demo_times.json"
+
+    def make_data(self) -> None:
+        with self._timed("data"):
+            self._run(
+                *("launch/prepare_data.py", "arrow-maze", "--out", DATA),
+                *("--model-seed", self.seed, "--model-out", self.out / "model"),
+            )
+
+    def train_coconut(self) -> None:
+        self._train(self.coconut, "training, Coconut", ["method=coconut"])
+
+    def train_no_cot(self) -> None:
+        steps, epochs = spent(self.coconut / "metrics.jsonl")
+        settings = [
+            "method=no_cot",
+            f"learning_rate={self.no_cot_learning_rate:g}",
+            "uniform_prob=0",
+            "advance_at=null",
+        ]
+        # As many epochs as Coconut took in all its stages are as many samples and optimizer steps.
+        self._train(self.no_cot, "training, no-CoT", [*settings, f"num_epochs={epochs}", f"max_steps={steps}"])
+
+    def evaluate(self) -> None:
+        """Test data as it is, with images shuffled among the questions, with noise for thoughts; and paths never trained."""
+        jobs: list[tuple[str, Path, str, list[str]]] = []
+        for name, checkpoint in (
+            ("cot", self.coconut / "stage_0"),
+            ("coconut", self.coconut / "final"),
+            ("no_cot", self.no_cot / "final"),
+        ):
+            jobs += [(name, checkpoint, "test", [])]
+            jobs += [(f"{name}_images_shuffled", checkpoint, "test", ["--shuffle-images"])]
+            if name == "coconut":
+                jobs += [(f"{name}_thoughts_noise", checkpoint, "test", ["--thoughts", "noise"])]
+            jobs += [(f"{name}_test_paths", checkpoint, "test_paths", [])]
+        todo = [job for job in jobs if not (self._evaluation(job[0]) / "summary.json").exists()]
+        if not todo:
+            return
+        # Starting up takes longer than answering: two at a time on two cores. On a GPU one after the other.
+        with self._timed("evaluation"), ThreadPoolExecutor(1 if self.n_gpus else CPU_RANKS) as pool:
+            for line in pool.map(lambda job: self._evaluate(*job), todo):
+                print(line, flush=True)
+
+    def report(self) -> Path:
+        page = self.out / "report" / "index.html"
+        with self._timed("report"):
+            self._run(
+                *("launch/report.py", "--out", page.parent),
+                *("--run", f"Coconut={self.coconut}", f"no-CoT={self.no_cot}"),
+                *("--eval", self.out / "eval"),
+            )
+        return page
+
+    # -- how --
+
+    def _train(self, run: Path, part: str, overrides: Sequence[str]) -> None:
+        if (run / "final" / "coconut.json").exists():
+            print(f"{part}: there already ({run / 'final'})", flush=True)
+            return
+        with self._timed(part):
+            self._run(
+                *("deepspeed", "--num_gpus", self.n_gpus or CPU_RANKS),
+                *("--master_port", free_port(), "launch/train.py"),
+                *("--deepspeed", "ds_configs/zero3.json", "--config", "args/demo.yaml"),
+                *(f"save_path={run.parent}", f"name={run.name}", f"seed={self.seed}", f"model_id={self.out / 'model'}"),
+                # The test data is scored once, by the evaluation.
+                *("test_data_path=null", *(QUICK if self.quick else ()), *overrides),
+            )
+
+    def _evaluation(self, name: str) -> Path:
+        # The learning rate tells apart the evaluations of several runs without reasoning.
+        return self.out / "eval" / name.replace("no_cot", self.no_cot.name)
+
+    def _evaluate(self, name: str, checkpoint: Path, split: str, options: list[str]) -> str:
+        folder = self._evaluation(name)
+        folder.mkdir(parents=True, exist_ok=True)
+        log = folder / "log.txt"
+        with log.open("w") as output:
+            self._run(
+                *("launch/evaluate.py", "--checkpoint", checkpoint, "--data", DATA / "shards" / split, "--out", folder),
+                *("--max-new-tokens", 32, *(["--limit", 100] if self.quick else []), *options),
+                output=output,
+                log=log,
+            )
+        return f"{folder.name}: {log.read_text().splitlines()[-1]}"
+
+    def _run(self, *words: object, output: object = None, log: Path | None = None) -> None:
+        command = [str(word) for word in words]
+        if command[0].endswith(".py"):
+            command.insert(0, "python")
+        print(f"\n$ {shlex.join(command)}", flush=True)
+        # Of this environment, activated or not: python, deepspeed, and the ninja that DeepSpeed may call.
+        programs = Path(sys.executable).parent
+        environment = os.environ | {"PATH": os.pathsep.join([str(programs), os.environ.get("PATH", "")])}
+        command[0] = str(programs / command[0])
+        if not self.n_gpus:
+            environment |= {
+                "OMP_NUM_THREADS": "1"
+            }  # as many threads as cores between two ranks only wait for each other
+        done = subprocess.run(command, cwd=ROOT, env=environment, stdout=output, stderr=output)  # type: ignore[call-overload]
+        if done.returncode:
+            raise PartError(
+                f"{shlex.join(command[:4])} ... ended with {done.returncode}" + (f"; see {log}" if log else "")
+            )
+
+    @contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        """Add the wall time of a part to what earlier starts of the demo spent on it."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add_time(part, time.perf_counter() - begin)
+
+    def add_time(self, part: str, seconds: float) -> None:
+        times = json.loads(self.times_file.read_text()) if self.times_file.exists() else {}
+        times[part] = round(times.get(part, 0.0) + seconds, 1)
+        self.times_file.parent.mkdir(parents=True, exist_ok=True)
+        self.times_file.write_text(json.dumps(times, indent=2) + "\n")
+
+
+def spent(metrics: Path) -> tuple[int, int]:
+    """Optimizer steps and epochs of a finished run, from its metrics."""
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    return max(row["step"] for row in rows), max(row["epoch"] for row in rows if row["kind"] == "stage")
+
+
+def free_port() -> int:
+    """A port for the ranks to meet at, so that two demos may run on one machine."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def count_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--out", type=Path, help="folder to write (default: runs/demo/seed_SEED, or runs/demo_quick/...)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of weights and data order (default: %(default)s)")
+    parser.add_argument(
+        "--quick", action="store_true", help="a few steps of every part: shows that it runs, learns nothing"
+    )
+    parser.add_argument("--no-cot-lr", type=float, default=1e-3, help="learning rate of no-CoT (default: %(default)s)")
+    parser.add_argument("--setup-seconds", type=float, default=0.0, help=argparse.SUPPRESS)  # demo.sh measures it
+    arguments = parser.parse_args(argv)
+    default = ROOT / "runs" / ("demo_quick" if arguments.quick else "demo") / f"seed_{arguments.seed}"
+    out = (arguments.out or default).resolve()
+    demo = Demo(out, arguments.seed, arguments.quick, arguments.no_cot_lr, count_gpus())
+    demo.add_time("set-up", arguments.setup_seconds)
+    try:
+        demo.make_data()
+        demo.train_coconut()
+        demo.train_no_cot()
+        demo.evaluate()
+        page = demo.report()
+    except PartError as error:
+        print(f"\ndemo stopped: {error}. Mend it and start again: what is done is kept.", file=sys.stderr)
+        return 1
+    times = json.loads(demo.times_file.read_text())
+    print("\nwall time:")
+    for part, seconds in times.items():
+        print(f"  {part:20} {seconds / 60:6.1f} min")
+    print(f"  {'total':20} {sum(times.values()) / 60:6.1f} min   ({demo.times_file})")
+    print(f"\nreport: {page}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,133 @@
+"""Train a multimodal CoCoNuT through its stages.
+
+    deepspeed launch/train.py --deepspeed ds_configs/zero3.json                       the demo: the arrow maze
+    deepspeed launch/train.py --deepspeed ds_configs/zero3.json --config args/X.yaml learning_rate=5e-6 max_steps=100
+    torchrun --nproc-per-node 2 launch/train.py ...     or, for debugging on one rank, python launch/train.py ...
+
+On a machine without GPUs `deepspeed --num_gpus 2` starts two ranks. Results go to RUN = save_path/name: metrics.jsonl,
+log.txt, checkpoints/, and RUN/stage_K/ and RUN/final/, which plain transformers loads. The same command goes on
+where a run was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # so that the script runs from a clone that is not installed
+
+from coconut.config import Config, load_config, validate_config
+from coconut.types import CoconutError
+
+DEMO_DATA = Path("data/arrow_maze")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--config", default="args/demo.yaml", help="run configuration (default: %(default)s, the arrow maze)")
+    # deepspeed.add_config_arguments would make this a flag without a value.
+    add("--deepspeed", metavar="FILE", help="DeepSpeed configuration, such as ds_configs/zero3.json")
+    add("overrides", nargs="*", metavar="key=value", help="configuration keys, nested ones as stages.1.epochs=3")
+    # The deepspeed launcher adds this to the command line of every rank; the environment says the same.
+    add("--local_rank", type=int, help=argparse.SUPPRESS)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = build_parser().parse_intermixed_args(argv)
+    overrides = list(arguments.overrides)
+    if arguments.deepspeed:
+        overrides.append(f"deepspeed={arguments.deepspeed}")
+    is_first = os.environ.get("RANK", "0") == "0"
+    try:
+        config = load_config(arguments.config, validate=False, overrides=overrides)
+        make_demo_data(config)
+        validate_config(config)
+    except CoconutError as error:  # the same on every rank: said once
+        if is_first:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    try:
+        run(config)
+    except CoconutError as error:
+        print(f"{'' if is_first else '[rank ' + os.environ['RANK'] + '] '}error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def make_demo_data(config: Config) -> None:
+    """Draw the arrow maze and build its model when the configuration asks for them and they are missing.
+
+    One process makes them, the others wait: each takes the folder's lock in turn, and then finds all in place.
+    """
+    wanted = (config.get("train_data_path"), config.get("model_id"))
+    if not any(path and Path(path).is_relative_to(DEMO_DATA) and not Path(path).exists() for path in wanted):
+        return
+    from launch.prepare_data import prepare_arrow_maze
+
+    prepare_arrow_maze(DEMO_DATA)
+
+
+def run(config: Config) -> None:
+    """Check everything that can be checked before a weight is loaded, then train (or evaluate)."""
+    if config.only_eval:
+        return evaluate_only(config)
+    import torch
+
+    from coconut.config.deepspeed import resolve_ds_config
+    from coconut.utils.distributed import get_world_size, init_distributed_training, shutdown_distributed
+    from coconut.utils.logging import setup_logging
+
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    init_distributed_training(force=True)
+    setup_logging(config)
+    resolve_ds_config(config, world_size=get_world_size(), hidden_size=1024)  # the true width is not known yet
+    tokenizer, processor = load_inputs(config)
+
+    from coconut.model import MultimodalCoconut
+    from coconut.training import MultimodalCoTTrainer
+
+    model = MultimodalCoconut.from_pretrained(config.load_model_path or config.model_id, config)
+    trainer = MultimodalCoTTrainer(model, tokenizer, processor if model.tokens_per_patch else None, config)
+    config.save(config.run_dir / "config.yaml")
+    trainer.train()
+    shutdown_distributed()
+
+
+def load_inputs(config: Config) -> tuple[Any, Any]:
+    """Tokenizer and image processor; opens the data sets once, so that broken data fails before a model is loaded."""
+    from coconut.data import ImageProcessor, SampleEncoder
+    from coconut.data.stage_text import build_prompt_template
+    from coconut.training.inputs import open_split
+    from coconut.utils.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(config.load_model_path or config.model_id)
+    processor = ImageProcessor.from_config(config)
+    encoder = SampleEncoder(tokenizer, processor, build_prompt_template(tokenizer, config.prompt_format), 0)
+    for key in ("train_data_path", "val_data_path", "test_data_path"):
+        open_split(config, key, encoder)
+    return tokenizer, processor
+
+
+def evaluate_only(config: Config) -> None:
+    """Score a checkpoint on the test data: what `launch/evaluate.py` does, told by a configuration."""
+    from coconut.evaluation.result import EvaluationOptions
+    from coconut.evaluation.run import evaluate_checkpoint, find_checkpoint, plan_jobs
+
+    checkpoint = find_checkpoint(Path(config.load_model_path or config.model_id))
+    options = EvaluationOptions(batch_size=config.batch_size_eval, max_new_tokens=config.max_new_tokens)
+    jobs = plan_jobs(checkpoint, [Path(config.test_data_path)], config.run_dir / "eval", options)
+    root = Path(config.image_root) if config.image_root else None
+    results = evaluate_checkpoint(checkpoint, jobs, image_root=root, num_threads=config.num_threads)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{jobs[0].out}: {results[0].headline()}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

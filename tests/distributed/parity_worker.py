@@ -1,0 +1,112 @@
+"""Two ranks with unequal rows under ZeRO: gradients and updated weights equal one process that sees all rows.
+
+Arguments: ZeRO stage, number of situations, seed. Prints one line a situation; ends with "all equal".
+"""
+
+from __future__ import annotations
+
+
+import random
+import sys
+
+import deepspeed
+import torch
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
+
+from coconut.model import MultimodalCoconut
+from coconut.utils.distributed import all_reduce_sum, get_rank, get_world_size, init_distributed_training
+from tests.model.reference import EOS, LATENT, START, END, batch_rows, make_row, tiny_internvl
+
+# Without these a model this small is never partitioned, and the test would test nothing.
+REALLY_PARTITIONED = {
+    "stage3_param_persistence_threshold": 0,
+    "stage3_prefetch_bucket_size": 2000,
+    "stage3_max_live_parameters": 5000,
+    "stage3_max_reuse_distance": 0,
+}
+LEARNING_RATE = 1e-2
+INERT = {"input_ids": torch.zeros(1, 1, dtype=torch.long), "labels": torch.full((1, 1), -100)}
+
+
+def situation(seed: int) -> list[list[dict]]:
+    """Rows of each rank: ragged latents, perhaps none, several images or none, perhaps no row at all."""
+    draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    ranks = []
+    for _ in range(get_world_size()):
+        most, images = draw.choice([0, 1, 3, 5]), draw.choice([0, 1, 2])
+        ranks.append(
+            [
+                make_row(generator, draw.randint(0, most), draw.randint(0, images), draw.randint(2, 12), draw.randint(0, 6))
+                for _ in range(draw.choice([0, 1, 2, 4]))
+            ]
+        )
+    if not any(ranks):
+        ranks[-1] = [make_row(generator, 2, 1)]
+    return ranks
+
+
+def build(checkpointed: bool) -> MultimodalCoconut:
+    torch.manual_seed(7)
+    model = MultimodalCoconut(tiny_internvl(), LATENT, START, END, EOS)
+    if checkpointed:
+        model.gradient_checkpointing_enable()
+    return model
+
+
+def tensors_of(rows: list[dict]) -> dict:
+    return batch_rows(rows, dtype=torch.float32) if rows else dict(INERT)
+
+
+def main(stage: int, situations: int, seed: int, checkpointed: bool) -> None:
+    init_distributed_training(force=True)
+    model, reference = build(checkpointed), build(False)
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_clipping": 0.0,
+        "zero_optimization": {"stage": stage, **(REALLY_PARTITIONED if stage == 3 else {})},
+        "optimizer": {"type": "SGD", "params": {"lr": LEARNING_RATE}},
+    }
+    settings["zero_allow_untested_optimizer"] = True
+    engine, *_ = deepspeed.initialize(model=model, config=settings, model_parameters=list(model.parameters()))
+    model.lockstep = True
+    released = 0
+    for number in range(situations):
+        ranks = situation(seed + number)
+        mine = ranks[get_rank()]
+        labels = sum(token != -100 for rows in ranks for row in rows for token in row["labels"][1:])
+        out = engine(**tensors_of(mine), loss_only=True, num_items_in_batch=max(labels, 1) / get_world_size())
+        if stage == 3:
+            released += sum(p.numel() == 0 for p in model.parameters())
+        engine.backward(out.loss, scale_wrt_gas=False)
+
+        reference.zero_grad()
+        everything = [row for rows in ranks for row in rows]
+        theirs = reference(**tensors_of(everything), loss_only=True, num_items_in_batch=max(labels, 1)).loss
+        theirs.backward()
+        loss = all_reduce_sum([float(out.loss.detach())])[0] / get_world_size()
+        assert abs(loss - float(theirs.detach())) < 1e-5 * max(1.0, abs(loss)), (number, loss, float(theirs))
+        norm = torch.stack([p.grad.norm() for p in reference.parameters() if p.grad is not None]).norm()
+        worst = 0.0
+        for (name, ours), other in zip(model.named_parameters(), reference.parameters(), strict=True):
+            gradient = safe_get_full_grad(ours)
+            expected = torch.zeros_like(gradient) if other.grad is None else other.grad
+            error = float((gradient - expected).norm() / norm)
+            assert error < 1e-5, (number, name, error, float(norm))
+            worst = max(worst, error)
+        engine.step()
+        with torch.no_grad():
+            for other in reference.parameters():
+                if other.grad is not None:
+                    other -= LEARNING_RATE * other.grad
+        if get_rank() == 0:
+            print(f"situation {number}: rows {[len(rows) for rows in ranks]} labels {labels} gradient error {worst:.1e}")
+    for (name, ours), other in zip(model.named_parameters(), reference.named_parameters(), strict=True):
+        assert torch.allclose(safe_get_full_fp32_param(ours), other[1], rtol=1e-4, atol=1e-5), name
+    if stage == 3:
+        assert released > 0, "no parameter was ever released: this run tested nothing"
+    if get_rank() == 0:
+        print(f"all equal: stage {stage}, {situations} situations, {released} parameters seen released")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "checkpointed")
