@@ -1,6 +1,6 @@
 """The whole demo: make the data, train, evaluate, report. `bash launch/demo.sh` installs what is missing, then this.
 
-    data -> Coconut, stage by stage -> no-CoT, as many steps -> evaluations, two at a time -> report
+    data -> Coconut, stage by stage -> no-CoT, as many steps -> evaluations -> report
 
     OUT/model/            the tiny model that every run starts from
     OUT/coconut/          Coconut's run folder; stage_0 is the CoT model, final the one that thinks in latent space
@@ -9,8 +9,8 @@
     OUT/report/           the page and its figures
     OUT/demo_times.json   wall time of each part
 
-Each part is a command a user could type, and is printed as such. What is complete is skipped, and a training run that was
-stopped goes on, so the demo may be started again at any time.
+Each part is a command a user could type, and is printed as such. What is complete is skipped, and a training run
+that was stopped goes on, so the demo may be started again at any time.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,18 +53,17 @@ class Demo:
         out: folder of everything that this demo makes, data apart.
         seed: of the model's first weights, the order of the data and the stage mixing.
         quick: train and evaluate a little of everything, to see that it runs.
-        no_cot_learning_rate: of the run without reasoning.
+        no_cot_rates: learning rates tried without reasoning; the run that does best on validation data is evaluated.
         n_gpus: 0 trains on two CPU ranks.
     """
 
-    def __init__(self, out: Path, seed: int, quick: bool, no_cot_learning_rate: float, n_gpus: int) -> None:
+    def __init__(self, out: Path, seed: int, quick: bool, no_cot_rates: Sequence[float], n_gpus: int) -> None:
         self.out = out
         self.seed = seed
         self.quick = quick
-        self.no_cot_learning_rate = no_cot_learning_rate
         self.n_gpus = n_gpus
         self.coconut = out / "coconut"
-        self.no_cot = out / f"no_cot_lr{no_cot_learning_rate:g}"
+        self.no_cot = {rate: out / f"no_cot_lr{rate:g}" for rate in no_cot_rates}
         self.times_file = out / "demo_times.json"
 
     def make_data(self) -> None:
@@ -79,43 +78,37 @@ class Demo:
 
     def train_no_cot(self) -> None:
         steps, epochs = spent(self.coconut / "metrics.jsonl")
-        settings = [
-            "method=no_cot",
-            f"learning_rate={self.no_cot_learning_rate:g}",
-            "uniform_prob=0",
-            "advance_at=null",
-        ]
-        # As many epochs as Coconut took in all its stages are as many samples and optimizer steps.
-        self._train(self.no_cot, "training, no-CoT", [*settings, f"num_epochs={epochs}", f"max_steps={steps}"])
+        for rate, run in self.no_cot.items():
+            settings = ["method=no_cot", f"learning_rate={rate:g}", "uniform_prob=0", "advance_at=null"]
+            # As many epochs as Coconut took in all its stages are as many samples and optimizer steps.
+            self._train(run, f"training, no-CoT, {rate:g}", [*settings, f"num_epochs={epochs}", f"max_steps={steps}"])
 
-    def evaluate(self) -> None:
-        """Test data as it is, with images shuffled among the questions, with noise for thoughts; and paths never trained."""
-        jobs: list[tuple[str, Path, str, list[str]]] = []
-        for name, checkpoint in (
-            ("cot", self.coconut / "stage_0"),
-            ("coconut", self.coconut / "final"),
-            ("no_cot", self.no_cot / "final"),
-        ):
-            jobs += [(name, checkpoint, "test", [])]
-            jobs += [(f"{name}_images_shuffled", checkpoint, "test", ["--shuffle-images"])]
-            if name == "coconut":
-                jobs += [(f"{name}_thoughts_noise", checkpoint, "test", ["--thoughts", "noise"])]
-            jobs += [(f"{name}_test_paths", checkpoint, "test_paths", [])]
-        todo = [job for job in jobs if not (self._evaluation(job[0]) / "summary.json").exists()]
-        if not todo:
-            return
-        # Starting up takes longer than answering: two at a time on two cores. On a GPU one after the other.
-        with self._timed("evaluation"), ThreadPoolExecutor(1 if self.n_gpus else CPU_RANKS) as pool:
-            for line in pool.map(lambda job: self._evaluate(*job), todo):
-                print(line, flush=True)
+    def evaluate(self) -> dict[str, Path]:
+        """Test data as it is, with images shuffled, with noise for thoughts; and test_paths, whose paths are new.
 
-    def report(self) -> Path:
+        Returns:
+            the folder of each method's evaluations.
+        """
+        best = max(self.no_cot.values(), key=lambda run: validated(run / "metrics.jsonl"))
+        checkpoints = {"CoT": self.coconut / "stage_0", "no-CoT": best / "final", "Coconut": self.coconut / "final"}
+        names = {"CoT": "cot", "no-CoT": best.name, "Coconut": "coconut"}
+        folders = {method: self.out / "eval" / name for method, name in names.items()}
+        todo = [method for method, folder in folders.items() if not is_newer(folder / "done", checkpoints[method])]
+        if todo:
+            # Starting up takes longer than answering: two at a time on two cores. On a GPU one after the other.
+            with self._timed("evaluation"), ThreadPoolExecutor(1 if self.n_gpus else CPU_RANKS) as pool:
+                for lines in pool.map(lambda method: self._evaluate(folders[method], checkpoints[method]), todo):
+                    print(lines, flush=True)
+        return folders
+
+    def report(self, evaluations: Mapping[str, Path]) -> Path:
         page = self.out / "report" / "index.html"
+        runs = {"Coconut": self.coconut, **{f"no-CoT, {rate:g}": run for rate, run in self.no_cot.items()}}
         with self._timed("report"):
             self._run(
-                *("launch/report.py", "--out", page.parent),
-                *("--run", f"Coconut={self.coconut}", f"no-CoT={self.no_cot}"),
-                *("--eval", self.out / "eval"),
+                *("launch/report.py", "--out", page.parent, "--times", self.times_file),
+                *("--run", *(f"{name}={run}" for name, run in runs.items())),
+                *("--eval", *(f"{method}={folder}" for method, folder in evaluations.items())),
             )
         return page
 
@@ -135,22 +128,20 @@ class Demo:
                 *("test_data_path=null", *(QUICK if self.quick else ()), *overrides),
             )
 
-    def _evaluation(self, name: str) -> Path:
-        # The learning rate tells apart the evaluations of several runs without reasoning.
-        return self.out / "eval" / name.replace("no_cot", self.no_cot.name)
-
-    def _evaluate(self, name: str, checkpoint: Path, split: str, options: list[str]) -> str:
-        folder = self._evaluation(name)
+    def _evaluate(self, folder: Path, checkpoint: Path) -> str:
         folder.mkdir(parents=True, exist_ok=True)
         log = folder / "log.txt"
+        shards = DATA / "shards"
         with log.open("w") as output:
             self._run(
-                *("launch/evaluate.py", "--checkpoint", checkpoint, "--data", DATA / "shards" / split, "--out", folder),
-                *("--max-new-tokens", 32, *(["--limit", 100] if self.quick else []), *options),
+                *("launch/evaluate.py", "--checkpoint", checkpoint, "--out", folder, "--controls"),
+                *("--data", shards / "test", shards / "test_paths"),
+                *("--max-new-tokens", 32, *(["--limit", 100] if self.quick else [])),
                 output=output,
                 log=log,
             )
-        return f"{folder.name}: {log.read_text().splitlines()[-1]}"
+        (folder / "done").touch()
+        return "\n".join(line for line in log.read_text().splitlines() if line.startswith(str(folder)))
 
     def _run(self, *words: object, output: object = None, log: Path | None = None) -> None:
         command = [str(word) for word in words]
@@ -193,6 +184,18 @@ def spent(metrics: Path) -> tuple[int, int]:
     return max(row["step"] for row in rows), max(row["epoch"] for row in rows if row["kind"] == "stage")
 
 
+def validated(metrics: Path) -> float:
+    """Accuracy of the last validation of a run."""
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    accuracy: float = [row for row in rows if row["kind"] == "val"][-1]["accuracy"]
+    return accuracy
+
+
+def is_newer(result: Path, source: Path) -> bool:
+    """Whether a result is there, and was made of what the source folder holds now."""
+    return result.exists() and result.stat().st_mtime > source.stat().st_mtime
+
+
 def free_port() -> int:
     """A port for the ranks to meet at, so that two demos may run on one machine."""
     with socket.socket() as probe:
@@ -216,7 +219,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--quick", action="store_true", help="a few steps of every part: shows that it runs, learns nothing"
     )
-    parser.add_argument("--no-cot-lr", type=float, default=1e-3, help="learning rate of no-CoT (default: %(default)s)")
+    rates = "learning rates tried for no-CoT; the best on validation data is evaluated (default: %(default)s)"
+    parser.add_argument("--no-cot-lr", type=float, nargs="+", default=[1e-3], metavar="RATE", help=rates)
     parser.add_argument("--setup-seconds", type=float, default=0.0, help=argparse.SUPPRESS)  # demo.sh measures it
     arguments = parser.parse_args(argv)
     default = ROOT / "runs" / ("demo_quick" if arguments.quick else "demo") / f"seed_{arguments.seed}"
@@ -227,8 +231,7 @@ def main(argv: list[str] | None = None) -> int:
         demo.make_data()
         demo.train_coconut()
         demo.train_no_cot()
-        demo.evaluate()
-        page = demo.report()
+        page = demo.report(demo.evaluate())
     except PartError as error:
         print(f"\ndemo stopped: {error}. Mend it and start again: what is done is kept.", file=sys.stderr)
         return 1

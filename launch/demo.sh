@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
 # The demo, from nothing to a report: sets up, makes the data, trains, evaluates. Asks nothing; safe to start again.
 #
-#   bash launch/demo.sh [--quick] [--seed 0] [--out DIR] [--no-cot-lr 1e-3]      (python launch/demo.py --help)
+#   bash launch/demo.sh                     25 minutes on two CPU cores, installation included; GPUs are used if there are
+#   bash launch/demo.sh --quick             a few steps of every part, to see that it runs
+#   bash launch/demo.sh --seed 1 --out DIR --no-cot-lr 3e-4
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-bash launch/setup.sh
-.venv/bin/python launch/build_ops.py
-exec .venv/bin/python launch/demo.py --setup-seconds "$SECONDS" "$@"
+. "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+cd "$ROOT"
+setup
+exec python launch/demo.py --setup-seconds "$SECONDS" "$@"

@@ -48,6 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
+    rank = int(os.environ.get("RANK", "0"))
     try:
         options = EvaluationOptions(
             batch_size=arguments.batch_size,
@@ -59,14 +60,18 @@ def main(argv: list[str] | None = None) -> int:
         )
         checkpoint = find_checkpoint(arguments.checkpoint)
         jobs = plan_jobs(checkpoint, arguments.data, arguments.out, options, arguments.controls)
+    except CoconutError as error:  # the same on every rank: said once
+        if rank == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    try:
         results = evaluate_checkpoint(
             checkpoint, jobs, image_root=arguments.image_root, num_threads=arguments.num_threads
         )
     except CoconutError as error:
-        rank = os.environ.get("RANK", "0")
-        print(f"{'' if rank == '0' else f'[rank {rank}] '}error: {error}", file=sys.stderr)
+        print(f"{f'[rank {rank}] ' if rank else ''}error: {error}", file=sys.stderr)
         return 2
-    if os.environ.get("RANK", "0") == "0":
+    if rank == 0:
         for job, result in zip(jobs, results, strict=True):
             print(f"{job.out}: {result.headline()}")
     return 0

@@ -15,11 +15,16 @@ What is there already is left alone, so the command may be repeated at no cost.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # so that the script runs from a clone that is not installed
 
 from coconut.data import arrow_maze
 from coconut.data.arrow_maze_files import ensure_arrow_maze
@@ -51,13 +56,14 @@ def prepare_arrow_maze(
     """
     if size % (2 * arrow_maze.GRID):
         raise ConfigError(f"--size {size} is not a multiple of {2 * arrow_maze.GRID} (two patches for each of 4 cells)")
-    begin = time.perf_counter()
-    made = ensure_arrow_maze(out, seed=seed, cell_px=size // arrow_maze.GRID, sizes=sizes, force=force)
-    _say(f"data {'made' if made else 'there already'}: {out / 'shards'}", begin)
-    begin = time.perf_counter()
-    target = model_out or out / "model"
-    made = ensure_model(target, seed=model_seed, size=size, force=force)
-    _say(f"model {'made' if made else 'there already'}: {target}", begin)
+    model_out = model_out or out / "model"
+    with _alone(out):
+        begin = time.perf_counter()
+        made = ensure_arrow_maze(out, seed=seed, cell_px=size // arrow_maze.GRID, sizes=sizes, force=force)
+        _say(f"data {'made' if made else 'there already'}: {out / 'shards'}", begin)
+        begin = time.perf_counter()
+        made = ensure_model(model_out, seed=model_seed, size=size, force=force)
+        _say(f"model {'made' if made else 'there already'}: {model_out}", begin)
 
 
 def ensure_model(out: Path, *, seed: int, size: int, force: bool) -> bool:
@@ -92,6 +98,15 @@ def ensure_model(out: Path, *, seed: int, size: int, force: bool) -> bool:
     out.parent.mkdir(parents=True, exist_ok=True)
     save_tiny(model, tokenizer, out, finish=add_the_rest)
     return True
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Hold the folder's lock: of several ranks one makes the data, and the others then find it there."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / ".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel lets go of it when the process dies
+        yield
 
 
 def _say(text: str, begin: float) -> None:

@@ -72,7 +72,8 @@ make_venv() {
 install_project() { # install_project [dev]
   local what="$ROOT${1:+[$1]}"
   if command -v uv >/dev/null; then
-    uv pip install --quiet --python "$VENV/bin/python" -e "$what" && return 0
+    # --compile-bytecode, as pip does: where PYTHONDONTWRITEBYTECODE is set every start would compile torch anew.
+    uv pip install --quiet --compile-bytecode --python "$VENV/bin/python" -e "$what" && return 0
     say "uv could not install the project; trying pip"
   fi
   "$VENV/bin/python" -m pip --version >/dev/null 2>&1 || "$VENV/bin/python" -m ensurepip --upgrade >/dev/null
@@ -91,6 +92,10 @@ install_compiler() {
 build_native() {
   "$VENV/bin/python" - <<'PY'
 import torch
+
+from coconut.utils.distributed import prepare_native_builds
+
+prepare_native_builds()
 
 if not torch.cuda.is_available():  # GPUs use NCCL and need no build
     from deepspeed.ops.op_builder.cpu import ShmCommBuilder

@@ -19,12 +19,12 @@ os.environ["MPLBACKEND"] = "Agg"
 
 import pytest
 
-from coconut.utils.distributed import LAUNCHER_VARIABLES, keep_native_builds_in_project
+from coconut.utils.distributed import LAUNCHER_VARIABLES, prepare_native_builds
 
 PROJECT = Path(__file__).resolve().parents[1]
 SLURM_COMMANDS = ("slurmctld", "slurmd", "sbatch", "munged")
 
-keep_native_builds_in_project()
+prepare_native_builds()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -16,7 +16,7 @@ from coconut.config.faults import Fault
 from coconut.types import ConfigError
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::([^}]*))?\}")
-_FLOAT = re.compile(r"[-+]?(?:\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+")
+_FLOAT = re.compile(r"[-+]?(?:\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$")
 
 
 class _Loader(yaml.SafeLoader):
@@ -44,9 +44,10 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str], list[Fault]]:
     Raises:
         ConfigError: the file is missing, is not YAML, or does not hold a mapping.
     """
+    text = _text(path)
     reader = _Reader(path)
     try:
-        values = reader.read(_text(path))
+        values = reader.read(text)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
@@ -54,7 +55,7 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str], list[Fault]]:
             f"{where}: is not YAML: {error.problem or error.context}. "
             "Write `key: value` lines, indented with spaces, and put text with `: ` or `#` in quotes"
         ) from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: 2024-13-45 looks like a date, and is none
         raise ConfigError(f"{path}: is not YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: must hold `key: value` lines, but holds {_kind(values)}")

@@ -44,7 +44,7 @@ def ensure_arrow_maze(
 ) -> bool:
     """Make the data set in the folder `out`, unless it is there already; returns whether anything was made.
 
-    One process at a time may call it; with several ranks, call it in one and let the others wait.
+    One process at a time may call it.
 
     Args:
         out: folder of the data set.
@@ -59,14 +59,19 @@ def ensure_arrow_maze(
         return False
     renderer = Renderer(cell_px)
     puzzles = draw_puzzles(request["sizes"], seed)
-    # Written first as incomplete and last as complete: a killed run is recognised as ours, and begun again.
+    # The marker is written first as incomplete and last as complete: a killed run is known as ours, and begun again.
+    # What the folders hold is whole as soon as they have their names.
     out.mkdir(parents=True, exist_ok=True)
     _write_json(out / MARKER, {"complete": False, "request": request})
-    for folder in ("shards", "examples"):
-        shutil.rmtree(out / folder, ignore_errors=True)
-    _write_examples(puzzles.get("train", []), renderer, out / "examples")
+    partial = out / ".partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    _write_examples(puzzles.get("train", []), renderer, partial / "examples")
     for split, drawn in puzzles.items():
-        write_shards(to_samples(drawn, split, renderer), out / "shards" / split)
+        write_shards(to_samples(drawn, split, renderer), partial / "shards" / split)
+    for folder in ("examples", "shards"):
+        shutil.rmtree(out / folder, ignore_errors=True)
+        (partial / folder).rename(out / folder)
+    partial.rmdir()
     _write_json(out / MARKER, {"complete": True, "request": request, **_facts(puzzles, seed)})
     return True
 

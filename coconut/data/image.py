@@ -72,9 +72,10 @@ def image_header(image: ImageLike) -> tuple[int, int, str]:
     with _open(image, name) as opened:
         width, height = opened.size
         format_ = (opened.format or "png").lower()
-        # getexif() of a PNG without an EXIF chunk ahead of its pixels would decode them all.
-        has_exif = format_ != "png" or "exif" in opened.info
-        if has_exif and _orientation(opened) >= 5:
+        # Pillow turns the size of a TIFF by itself; and getexif() of a PNG without an EXIF chunk ahead of its
+        # pixels would decode them all.
+        turn = format_ != "tiff" and (format_ != "png" or "exif" in opened.info)
+        if turn and _orientation(opened) >= 5:
             width, height = height, width
     return width, height, {"jpeg": "jpg", "mpo": "jpg", "tiff": "tif"}.get(format_, format_)
 
@@ -132,8 +133,8 @@ class ImageProcessor:
         """Write preprocessor_config.json: transformers' keys, so that its own processor loads it, and ours."""
         path = Path(directory) / "preprocessor_config.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        values = {**self._transformers_tiler().to_dict(), **{name: getattr(self, name) for name in _SETTINGS}}
-        path.write_text(json.dumps(values, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8")
+        values = {**self._transformers_settings(), **{name: getattr(self, name) for name in _SETTINGS}}
+        path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     def process_image(self, image_path: ImageLike) -> torch.Tensor:
         """One image, given as a path, as encoded bytes or as a PIL image, to uint8 [patches, 3, H, W].
@@ -179,18 +180,30 @@ class ImageProcessor:
         max_patches = self.max_num_patches if self.dynamic_preprocess else 1
         return (1, 1) if max_patches == 1 else _best_grid(width, height, self.image_size, max_patches)
 
+    def _transformers_settings(self) -> dict[str, Any]:
+        return {
+            "image_processor_type": "GotOcr2ImageProcessor",
+            "size": {"height": self.image_size, "width": self.image_size},
+            "crop_to_patches": self.dynamic_preprocess,
+            "min_patches": 1,
+            "max_patches": self.max_num_patches,
+            "resample": 3,  # bicubic
+            "do_convert_rgb": True,
+            "do_resize": True,
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": [0.485, 0.456, 0.406],  # of ImageNet, as InternVL has them
+            "image_std": [0.229, 0.224, 0.225],
+        }
+
     def _transformers_tiler(self) -> Any:
         if self._tiler is None:
             from transformers import GotOcr2ImageProcessor
-            from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-            self._tiler = GotOcr2ImageProcessor(
-                size={"height": self.image_size, "width": self.image_size},
-                crop_to_patches=self.dynamic_preprocess,
-                max_patches=self.max_num_patches,
-                image_mean=IMAGENET_DEFAULT_MEAN,
-                image_std=IMAGENET_DEFAULT_STD,
-            )
+            settings = self._transformers_settings()
+            del settings["image_processor_type"]
+            self._tiler = GotOcr2ImageProcessor(**settings)
         return self._tiler
 
 

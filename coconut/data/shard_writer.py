@@ -36,6 +36,15 @@ from coconut.data.shard_index import (
 from coconut.types import DataError, Sample
 
 DEFAULT_SHARD_MB = 64.0
+#: Fixed owner and time: the same samples give the same bytes.
+_TAR_OPTIONS: dict[str, Any] = {
+    "user": "",
+    "group": "",
+    "mode": 0o644,
+    "mtime": 0,
+    "compress": False,
+    "encoder": False,
+}
 _TEMPORARY = ".tmp-"
 
 
@@ -80,9 +89,7 @@ def _write_tars(samples: Iterable[Sample], out: Path, limit: int) -> tuple[list[
     while payload is not None:
         name = f"shard-{len(shards):06d}.tar"
         first = len(builder)
-        with _HashedFile(out / (_TEMPORARY + name)) as file:
-            # Fixed owner and time: the same samples give the same bytes.
-            writer = TarWriter(file, user="", group="", mode=0o644, mtime=0, compress=False, encoder=False)
+        with _HashedFile(out / (_TEMPORARY + name)) as file, TarWriter(file, **_TAR_OPTIONS) as writer:
             while payload is not None:
                 sample, members, sizes = payload
                 start = writer.tarstream.offset
@@ -92,7 +99,6 @@ def _write_tars(samples: Iterable[Sample], out: Path, limit: int) -> tuple[list[
                 end = writer.tarstream.offset
                 builder.add(sample, sizes, shard=len(shards), offset=start, size=end - start)
                 payload = next(pending, None)
-            writer.close()
         shards.append(ShardFile(name, file.n_bytes, len(builder) - first, file.digest.hexdigest()))
     return shards, builder
 

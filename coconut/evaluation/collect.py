@@ -10,10 +10,12 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
+
+import yaml
 
 from coconut.evaluation.result import PREDICTIONS_FILE, SUMMARY_FILE
 from coconut.types import DataError
@@ -22,6 +24,7 @@ METRICS_FILE = "metrics.jsonl"
 CONFIG_FILE = "config.yaml"
 #: A file with "floors" beside the data is small; anything larger is data.
 _MAX_FACTS_BYTES = 1_000_000
+_METHOD_NAMES = {"coconut": "Coconut", "cot": "CoT", "no_cot": "no-CoT"}
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ class Evaluation:
         """What was changed about the questions; empty for a plain evaluation."""
         options = self.summary["options"]
         changed = ["images shuffled"] if options["shuffle_images"] else []
-        return (*changed, *([f"thoughts are {options['thoughts']}"] if options["thoughts"] != "own" else []))
+        return (*changed, *([f"{options['thoughts']} for thoughts"] if options["thoughts"] != "own" else []))
 
     @property
     def cost(self) -> dict[str, float]:
@@ -104,7 +107,7 @@ class Method:
 
 
 def read_run(folder: Path, name: str | None = None) -> Run:
-    """Read a run folder.
+    """Read a run folder; without a name, the run is called after its method, or else after its folder.
 
     Raises:
         DataError: it holds no metrics.
@@ -115,7 +118,15 @@ def read_run(folder: Path, name: str | None = None) -> Run:
     rows = tuple(row for row in read_jsonl(path) if "step" in row and "stage" in row)
     config = folder / CONFIG_FILE
     text = config.read_text(encoding="utf-8") if config.is_file() else ""
-    return Run(name or folder.name, folder, rows, text)
+    return Run(name or _METHOD_NAMES.get(_method_in(text), folder.name), folder, rows, text)
+
+
+def _method_in(config_text: str) -> str:
+    try:
+        values = yaml.safe_load(config_text)
+    except yaml.YAMLError:
+        return ""
+    return str(values.get("method", "")) if isinstance(values, dict) else ""
 
 
 def read_evaluation(folder: Path, name: str | None = None) -> Evaluation:
@@ -139,12 +150,29 @@ def read_evaluation(folder: Path, name: str | None = None) -> Evaluation:
 def method_name(spec: dict[str, Any]) -> str:
     """The usual name of what a stage asks for: written steps, none, or thoughts."""
     if spec["n_latents"]:
-        return "Coconut"
-    return "no-CoT" if spec["n_skip_steps"] is None else "CoT"
+        return _METHOD_NAMES["coconut"]
+    return _METHOD_NAMES["no_cot" if spec["n_skip_steps"] is None else "cot"]
+
+
+def name_stages(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
+    """Tell checkpoints of several latent stages apart by name; the last stage is the method itself."""
+    coconut = _METHOD_NAMES["coconut"]
+    stages = [e.summary["stage_spec"]["stage"] for e in evaluations if e.method == coconut]
+    return [
+        replace(e, method=f"{coconut}, stage {e.summary['stage_spec']['stage']}")
+        if e.method == coconut and e.summary["stage_spec"]["stage"] < max(stages)
+        else e
+        for e in evaluations
+    ]
+
+
+def find_runs(folder: Path) -> list[Path]:
+    """Run folders at or anywhere below a folder, by name."""
+    return sorted(path.parent for path in folder.rglob(METRICS_FILE))
 
 
 def find_evaluations(folder: Path) -> list[Path]:
-    """Evaluation folders anywhere below a folder, by name."""
+    """Evaluation folders at or anywhere below a folder, by name."""
     return sorted(path.parent for path in folder.rglob(SUMMARY_FILE) if (path.parent / PREDICTIONS_FILE).is_file())
 
 
@@ -164,7 +192,8 @@ def group_methods(evaluations: Sequence[Evaluation]) -> list[Method]:
         same = [e for e in variants.get(label, []) if e.checkpoint != evaluation.checkpoint]
         variants[label] = [*same, evaluation]
     for method in methods.values():
-        method.variants = dict(sorted(method.variants.items(), key=lambda item: item[0] != ""))
+        # As it is, then other pictures, other thoughts, and last other data.
+        method.variants = dict(sorted(method.variants.items(), key=lambda item: ("on " in item[0], item[0])))
     return list(methods.values())
 
 

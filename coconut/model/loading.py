@@ -66,7 +66,7 @@ def _enter_zero3(config: Any, hf_config: Any) -> Any:
 
     from coconut.config.deepspeed import resolve_ds_config
 
-    init_distributed_training()
+    init_distributed_training(force=True)  # zero.Init needs a group, of one rank where there is no launcher
     hidden_size = hf_config.get_text_config(decoder=True).hidden_size
     return HfDeepSpeedConfig(resolve_ds_config(config, world_size=get_world_size(), hidden_size=hidden_size))
 

@@ -30,8 +30,7 @@ class TrainState:
     slots: int = 0
     best_accuracy: float = -1.0  # of this stage's validations
     validations_without_gain: int = 0
-    stage_done: bool = False  # the stage's target was met, or its patience is over
-    finished: bool = False  # the whole run is
+    stage_done: bool = False  # the stage's target was met, or its epochs or patience are over
 
     def next_stage(self) -> None:
         """Begin the following stage."""

@@ -80,19 +80,17 @@ class MultimodalCoTTrainer:
     def train(self) -> None:
         """Train every stage that is not done yet, then score the test data once."""
         engine = self.engine
-        if self.state.finished:
-            logger.info("%s is finished already; choose another name, or resume=none to start again", self.run_dir)
+        if (self._out_of_budget() or self._all_stages_done()) and (self.run_dir / "final").exists():
+            logger.info("nothing is left to do in %s; choose another name, or resume=none to start again", self.run_dir)
             return
         logger.info("%d ranks, stages %s, %s", get_world_size(), self.stages.stages, type(engine.optimizer).__name__)
         for stage in self.stages.stages:
             if stage >= self.state.stage and not self._out_of_budget():
                 self._train_stage(stage)
-        self.state.finished = True
         if self.inputs.test is not None:
-            stage = self.state.stage
-            self._log_validation("test", self.validate(self.inputs.evaluation_loader(self.inputs.test, stage)))
+            loader = self.inputs.evaluation_loader(self.inputs.test, self.state.stage)
+            self._log_validation("test", self.validate(loader))
         self._export("final")
-        self.save_checkpoint(self.state.epoch, {})
 
     def _train_stage(self, stage: int) -> None:
         state, settings = self.state, self.stages.settings(stage)
@@ -102,21 +100,24 @@ class MultimodalCoTTrainer:
             reset_optimizer(self.engine)
             state.steps_since_reset = 0
         self.model.stage_spec = self.stages.spec(stage)
-        while state.stage_epoch < settings.epochs and not state.stage_done and not self._out_of_budget():
+        while not state.stage_done and not self._out_of_budget():
             loader = self.inputs.train_loader(stage, state.epoch, state.epoch_step, self.geometry)
             self.train_epoch(state.epoch, loader)
             if state.epoch_step < len(loader.plan):  # max_steps fell inside the epoch
                 break
             state.stage_epoch, state.epoch, state.epoch_step = state.stage_epoch + 1, state.epoch + 1, 0
             metrics = self._validate_stage(stage, settings.advance_at)
-            last = state.stage_done or state.stage_epoch == settings.epochs or self._out_of_budget()
+            state.stage_done = state.stage_done or state.stage_epoch >= settings.epochs
             improved = metrics.get("improved", 0.0) == 1.0 or not self.config.save_only_improve
-            if not last and improved and state.stage_epoch % self.config.save_every_n_epochs == 0:
+            if not state.stage_done and improved and state.stage_epoch % self.config.save_every_n_epochs == 0:
                 self.save_checkpoint(state.epoch, metrics)
-        state.stage_done = True
-        self.metrics.write("stage", **self._position(), **self.stages.get_stage_config(stage))
-        self._export(f"stage_{stage}")
+        if state.stage_done:
+            self.metrics.write("stage", **self._position(), **self.stages.get_stage_config(stage))
+            self._export(f"stage_{stage}")
         self.save_checkpoint(state.epoch, {})
+
+    def _all_stages_done(self) -> bool:
+        return self.state.stage_done and self.state.stage == self.stages.stages[-1]
 
     def _out_of_budget(self) -> bool:
         config, state = self.config, self.state

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sysconfig
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -58,7 +59,7 @@ def init_distributed_training(force: bool = False, timeout_s: float = 1800.0) ->
                 "start one rank a GPU"
             )
         torch.cuda.set_device(get_local_rank())
-    keep_native_builds_in_project()
+    prepare_native_builds()
     import deepspeed
 
     deepspeed.init_distributed(
@@ -69,13 +70,17 @@ def init_distributed_training(force: bool = False, timeout_s: float = 1800.0) ->
     )
 
 
-def keep_native_builds_in_project() -> None:
-    """Lets what DeepSpeed compiles at its first start go into the project's .cache, unless TORCH_EXTENSIONS_DIR is set.
+def prepare_native_builds() -> None:
+    """Fixes where and with what DeepSpeed compiles at its first start, so that it compiles once.
 
-    A package that is installed without its project keeps torch's own default.
+    Builds go into the project's .cache, unless TORCH_EXTENSIONS_DIR is set. The ninja of this Python environment comes
+    before the system's: each takes the other's build for outdated, and would compile anew at every change between them.
     """
+    scripts, path = sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)
+    if path.split(os.pathsep)[0] != scripts:
+        os.environ["PATH"] = f"{scripts}{os.pathsep}{path}"
     project = Path(__file__).resolve().parents[2]
-    if (project / "pyproject.toml").is_file():
+    if (project / "pyproject.toml").is_file():  # else installed without its project: torch's own default
         os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(project / ".cache" / "torch_extensions"))
 
 

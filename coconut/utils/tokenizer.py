@@ -7,6 +7,8 @@ from typing import Any
 
 from coconut.types import SPECIAL_TOKENS, ConfigError, DataError
 
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
+
 
 def load_tokenizer(id_or_path: str | Path) -> Any:
     """Loads a Hugging Face tokenizer, adds the special tokens it lacks, and makes sure it can pad.
@@ -25,8 +27,11 @@ def load_tokenizer(id_or_path: str | Path) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, ImportError ... for the same cause
-        kind = "folder" if Path(name).exists() else "hub id (no such folder is here)"
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        kind, reason = "hub id (no such folder is here)", _first_line(error)
+        if Path(name).is_dir():
+            kind = "folder"
+            if not any((Path(name) / file).is_file() for file in _TOKENIZER_FILES):
+                reason = f"it holds none of {', '.join(_TOKENIZER_FILES)}"
         raise ConfigError(
             f"no tokenizer can be loaded from {name!r}, read as a {kind}: {reason}. "
             "Set model_id to a folder with tokenizer files, or to a model that the hub or its local cache holds"
@@ -57,3 +62,8 @@ def special_token_ids(tokenizer: Any) -> tuple[int, int, int]:
         )
     start, latent, end = (vocabulary[token] for token in SPECIAL_TOKENS)
     return start, latent, end
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(" .:") if lines else type(error).__name__

@@ -24,12 +24,10 @@ CHAT_TEMPLATE = (
 def build_tokenizer(*, images: bool = True, latents: bool = True, chat: bool = False) -> Any:
     """Words and single punctuation marks; everything else is <unk>."""
     words = ["<pad>", "<unk>", "<eos>", "\n", "#", "###", "?", "<", ">", "|", "_", "latent", "user", "assistant"]
-    words += "start follow red green blue up down left right a b c d one two three IMG CONTEXT".split()
+    words += ["start", "red", "green", "blue", "up", "down", "left", "a", "b", "c", "d", "IMG", "CONTEXT"]
     core = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n|#+|\w+|[^\w\s#]"), "removed", invert=True)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", unk_token="<unk>", eos_token="<eos>"
-    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", unk_token="<unk>", eos_token="<eos>")
     extra = (IMAGE_TOKENS if images else []) + (list(SPECIAL_TOKENS) if latents else [])
     tokenizer.add_tokens([*extra, *(["<|im_start|>", "<|im_end|>"] if chat else [])], special_tokens=True)
     if chat:

@@ -57,7 +57,7 @@ def test_a_short_sample_gets_thoughts_for_its_own_steps_unless_padded() -> None:
 
 
 def test_bad_stage_and_method_are_named() -> None:
-    with pytest.raises(DataError, match="'cocoa'.*coconut, cot, no_cot"):
+    with pytest.raises(DataError, match=r"'cocoa'.*coconut, cot, no_cot"):
         stage_spec(0, method="cocoa")
     with pytest.raises(DataError, match="stage is -1"):
         stage_spec(-1)

@@ -1,21 +1,24 @@
 """Two ranks with unequal rows under ZeRO: gradients and updated weights equal one process that sees all rows.
 
-Arguments: ZeRO stage, number of situations, seed. Prints one line a situation; ends with "all equal".
+Arguments: ZeRO stage, number of situations, seed, and plain, checkpointed or a fault to make (cut-thoughts, cut-cache).
+Prints one line a situation; ends with "all equal", or, with a fault, with "fault seen".
 """
 
 from __future__ import annotations
 
-
 import random
 import sys
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from unittest import mock
 
 import deepspeed
 import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
-from coconut.model import MultimodalCoconut
+from coconut.model import MultimodalCoconut, multipass
 from coconut.utils.distributed import all_reduce_sum, get_rank, get_world_size, init_distributed_training
-from tests.model.reference import EOS, LATENT, START, END, batch_rows, make_row, tiny_internvl
+from tests.model.reference import END, EOS, LATENT, START, batch_rows, make_row, tiny_internvl
 
 # Without these a model this small is never partitioned, and the test would test nothing.
 REALLY_PARTITIONED = {
@@ -57,9 +60,27 @@ def tensors_of(rows: list[dict]) -> dict:
     return batch_rows(rows, dtype=torch.float32) if rows else dict(INERT)
 
 
-def main(stage: int, situations: int, seed: int, checkpointed: bool) -> None:
+@contextmanager
+def sabotage(model: MultimodalCoconut, mode: str):
+    """Cut the gradient where public code cuts it: through the thoughts, or through the cache."""
+    update = multipass._PartLayer.update
+
+    def detached(self, keys, values, *args, **kwargs):
+        self.parts[:] = [(k.detach(), v.detach()) for k, v in self.parts]
+        return update(self, keys, values, *args, **kwargs)
+
+    run = partial(model._run, thought_transform=lambda thought, k: thought.detach())
+    with ExitStack() as faults:
+        if mode == "cut-thoughts":
+            faults.enter_context(mock.patch.object(model, "_run", run))
+        elif mode == "cut-cache":
+            faults.enter_context(mock.patch.object(multipass._PartLayer, "update", detached))
+        yield
+
+
+def main(stage: int, situations: int, seed: int, mode: str) -> None:
     init_distributed_training(force=True)
-    model, reference = build(checkpointed), build(False)
+    model, reference = build(mode == "checkpointed"), build(False)
     settings = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_clipping": 0.0,
@@ -69,12 +90,14 @@ def main(stage: int, situations: int, seed: int, checkpointed: bool) -> None:
     settings["zero_allow_untested_optimizer"] = True
     engine, *_ = deepspeed.initialize(model=model, config=settings, model_parameters=list(model.parameters()))
     model.lockstep = True
-    released = 0
+    is_faulty = mode.startswith("cut-")
+    released, worst = 0, 0.0
     for number in range(situations):
         ranks = situation(seed + number)
         mine = ranks[get_rank()]
         labels = sum(token != -100 for rows in ranks for row in rows for token in row["labels"][1:])
-        out = engine(**tensors_of(mine), loss_only=True, num_items_in_batch=max(labels, 1) / get_world_size())
+        with sabotage(model, mode):
+            out = engine(**tensors_of(mine), loss_only=True, num_items_in_batch=max(labels, 1) / get_world_size())
         if stage == 3:
             released += sum(p.numel() == 0 for p in model.parameters())
         engine.backward(out.loss, scale_wrt_gas=False)
@@ -84,14 +107,13 @@ def main(stage: int, situations: int, seed: int, checkpointed: bool) -> None:
         theirs = reference(**tensors_of(everything), loss_only=True, num_items_in_batch=max(labels, 1)).loss
         theirs.backward()
         loss = all_reduce_sum([float(out.loss.detach())])[0] / get_world_size()
-        assert abs(loss - float(theirs.detach())) < 1e-5 * max(1.0, abs(loss)), (number, loss, float(theirs))
+        assert is_faulty or abs(loss - float(theirs.detach())) < 1e-5 * max(1.0, abs(loss)), (number, loss, theirs)
         norm = torch.stack([p.grad.norm() for p in reference.parameters() if p.grad is not None]).norm()
-        worst = 0.0
         for (name, ours), other in zip(model.named_parameters(), reference.parameters(), strict=True):
             gradient = safe_get_full_grad(ours)
             expected = torch.zeros_like(gradient) if other.grad is None else other.grad
             error = float((gradient - expected).norm() / norm)
-            assert error < 1e-5, (number, name, error, float(norm))
+            assert error < 1e-5 or is_faulty, (number, name, error, float(norm))
             worst = max(worst, error)
         engine.step()
         with torch.no_grad():
@@ -100,6 +122,10 @@ def main(stage: int, situations: int, seed: int, checkpointed: bool) -> None:
                     other -= LEARNING_RATE * other.grad
         if get_rank() == 0:
             print(f"situation {number}: rows {[len(rows) for rows in ranks]} labels {labels} gradient error {worst:.1e}")
+    if is_faulty:
+        assert worst > 1e-3, f"the fault {mode} went unnoticed: largest gradient error {worst:.1e}"
+        print(f"fault seen: {mode}, gradient error {worst:.1e}")
+        return
     for (name, ours), other in zip(model.named_parameters(), reference.named_parameters(), strict=True):
         assert torch.allclose(safe_get_full_fp32_param(ours), other[1], rtol=1e-4, atol=1e-5), name
     if stage == 3:
@@ -109,4 +135,4 @@ def main(stage: int, situations: int, seed: int, checkpointed: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "checkpointed")
+    main(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])

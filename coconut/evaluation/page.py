@@ -1,0 +1,28 @@
+"""The report's HTML: one file that needs no other, on a phone as on a desk, by day and by night.
+
+The template escapes all it is given: text from data cannot become markup.
+"""
+
+from __future__ import annotations
+
+from base64 import b64encode
+from importlib.resources import files
+from typing import Any
+
+from jinja2 import Environment
+from markupsafe import Markup
+
+
+def render(context: dict[str, Any]) -> str:
+    """The page; `context` holds plain values only (see `report.Report.write`)."""
+    folder = files("coconut.evaluation") / "templates"
+    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
+        (folder / "report.html").read_text(encoding="utf-8")
+    )
+    css = Markup((folder / "report.css").read_text(encoding="utf-8"))  # noqa: S704  our own file
+    return template.render(css=css, **context)
+
+
+def data_uri(content: bytes, kind: str = "image/png") -> str:
+    """Content as an address that holds it, so that a page needs no second file."""
+    return f"data:{kind};base64,{b64encode(content).decode()}"

@@ -1,0 +1,247 @@
+"""Shards: what is written is read again, byte for byte, always whole, and damage is named."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+
+from coconut.data import shard_writer
+from coconut.data.image import ImageProcessor
+from coconut.data.shard_index import MANIFEST, ROW
+from coconut.data.shards import ShardReader, open_dataset, write_shards
+from coconut.types import DataError, Sample
+
+
+@pytest.fixture(scope="module")
+def samples(make_samples, picture):
+    several = Sample("größer/x.y", "wie ?", ("a", "bb"), "c", (picture(30, 20, fmt="JPEG"), picture(9, 9)), ("c", "d"))
+    return [*make_samples(11), several, Sample("text only", "start ?", (), "red")]
+
+
+@pytest.fixture
+def shards(tmp_path, samples) -> Path:
+    write_shards(samples, tmp_path / "shards", shard_size_mb=0.012)
+    return tmp_path / "shards"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_samples_come_back_as_they_went(shards, samples) -> None:
+    reader = ShardReader(shards)
+    assert len(reader) == len(samples)
+    assert len(reader.index.shards) > 2
+    for i, sample in enumerate(samples):
+        again = reader.read(i)
+        assert again.source.startswith("shard-0000")
+        assert replace(again, source=sample.source) == sample
+        assert reader.key(i) == sample.key
+    assert reader.n_steps.tolist() == [len(sample.steps) for sample in samples]
+    assert reader.image_sizes(11) == [(30, 20), (9, 9)]
+    assert reader.image_sizes(12) == []
+    assert reader.verify() == len(samples)
+
+
+def test_shards_keep_their_size_and_leave_nothing_else(shards) -> None:
+    names = {path.name for path in shards.iterdir()}
+    assert {name for name in names if not name.startswith("shard-")} == {
+        "index.rows.npy", "index.images.npy", "index.steps.npy", "index.keys.npy", MANIFEST,
+    }  # fmt: skip
+    reader = ShardReader(shards)
+    assert sum(shard.samples for shard in reader.index.shards) == len(reader)
+    for shard in reader.index.shards[:-1]:
+        assert shard.bytes <= 24_000
+
+
+def test_any_webdataset_reader_reads_the_tars(shards, samples) -> None:
+    urls = sorted(map(str, shards.glob("*.tar")))
+    read = list(webdataset.WebDataset(urls, shardshuffle=False))
+    assert [item["__key__"] for item in read] == [f"{i:09d}" for i in range(len(samples))]
+    assert json.loads(read[11]["json"])["question"] == "wie ?"
+    assert read[11]["0.jpg"] == samples[11].images[0]
+
+
+def test_the_same_samples_give_the_same_bytes(shards, samples, tmp_path) -> None:
+    write_shards(iter(samples), tmp_path / "again", shard_size_mb=0.012)
+    assert contents(shards) == contents(tmp_path / "again")
+
+
+def test_paths_and_bytes_give_the_same_shards(shards, samples, tmp_path) -> None:
+    (tmp_path / "images").mkdir()
+    from_files = []
+    for sample in samples:
+        paths = []
+        for number, content in enumerate(sample.images):
+            path = tmp_path / "images" / f"{len(from_files)}-{number}"
+            path.write_bytes(content)
+            paths.append(str(path))
+        from_files.append(replace(sample, images=tuple(paths)))
+    write_shards(from_files, tmp_path / "again", shard_size_mb=0.012)
+    assert contents(shards) == contents(tmp_path / "again")
+
+
+def test_costs_come_from_the_index(shards, samples) -> None:
+    reader = ShardReader(shards)
+    processor = ImageProcessor(14, 4)
+    costs = reader.costs(processor.num_patches, tokens_per_patch=10)
+    for i, sample in enumerate(samples):
+        patches = sum(processor.num_patches(*size) for size in reader.image_sizes(i))
+        chars = len(sample.question) + len(sample.answer) + sum(map(len, sample.steps))
+        assert costs[i] == pytest.approx(1 + chars / 4 + 10 * patches)
+
+
+def test_index_rows_have_a_fixed_size_and_are_mapped(shards) -> None:
+    reader = ShardReader(shards)
+    assert ROW.itemsize == 58
+    assert isinstance(reader.index.rows.base, np.memmap)
+
+
+def test_a_reader_travels_to_other_processes(shards) -> None:
+    reader = ShardReader(shards)
+    reader.read(0)
+    assert pickle.loads(pickle.dumps(reader)).read(3) == reader.read(3)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if [reader.read(i).key for i in range(13)] == [reader.key(i) for i in range(13)] else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_more_shards_than_open_files(shards, monkeypatch) -> None:
+    monkeypatch.setattr("coconut.data.shards._MAX_OPEN_SHARDS", 2)
+    reader = ShardReader(shards)
+    for i in [0, 12, 5, 0, 9, 3]:
+        assert reader.read(i).key == reader.key(i)
+        assert len(reader._open) <= 2
+
+
+class Killed(BaseException):
+    """Stands in for a signal: no handler of the code under test catches it."""
+
+
+@pytest.mark.parametrize("kill_at", ["first rename", "manifest"])
+def test_a_killed_writer_leaves_nothing_that_looks_whole(shards, samples, monkeypatch, kill_at: str) -> None:
+    replace_path = Path.replace
+
+    def dying_replace(self: Path, target: Path) -> Path:
+        if kill_at == "first rename" or Path(target).name == MANIFEST:
+            raise Killed
+        return replace_path(self, target)
+
+    monkeypatch.setattr(Path, "replace", dying_replace)
+    with pytest.raises(Killed):
+        write_shards(samples[:5], shards)
+    monkeypatch.undo()
+    with pytest.raises(DataError, match=r"no manifest\.json.*make_shards\.py"):
+        ShardReader(shards)
+    write_shards(samples[:5], shards)  # and can be run again
+    assert ShardReader(shards).verify() == 5
+
+
+def test_failed_input_leaves_the_old_set_as_it_was(shards, samples) -> None:
+    before = contents(shards)
+    with pytest.raises(DataError, match="used by an earlier sample"):
+        write_shards([samples[0], samples[0]], shards)
+    with pytest.raises(DataError, match="zero samples"):
+        write_shards([], shards)
+    assert contents(shards) == before
+
+
+def test_a_smaller_set_replaces_a_larger_one_entirely(shards, samples) -> None:
+    write_shards(samples[:2], shards)
+    assert len(list(shards.glob("*.tar"))) == 1
+    assert ShardReader(shards).verify() == 2
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        ("nowhere.png", r"d\.json:4 \(key k\): image 'nowhere\.png' cannot be read"),
+        (b"x", r"key k\), image 1: .*not an"),
+    ],
+)
+def test_unreadable_images_are_named(tmp_path, image, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        write_shards([Sample("k", "q", (), "a", (image,), source="d.json:4")], tmp_path)
+
+
+def test_one_writer_at_a_time(tmp_path, samples) -> None:
+    with shard_writer.locked(tmp_path, wait=False), pytest.raises(DataError, match="another process is writing"):
+        write_shards(samples, tmp_path)
+
+
+def test_missing_and_truncated_files_are_found_at_once(shards) -> None:
+    tar = shards / "shard-000001.tar"
+    os.truncate(tar, tar.stat().st_size - 512)
+    with pytest.raises(DataError, match=r"shard-000001\.tar is \d+ bytes long instead of \d+"):
+        ShardReader(shards)
+    tar.unlink()
+    with pytest.raises(DataError, match=r"shard-000001\.tar is missing"):
+        ShardReader(shards)
+
+
+def test_verify_finds_a_flipped_bit(shards) -> None:
+    tar = shards / "shard-000001.tar"
+    content = bytearray(tar.read_bytes())
+    with tarfile.open(tar) as opened:
+        member = next(m for m in opened if m.name.endswith("png"))
+    content[member.offset_data + member.size // 2] ^= 1
+    tar.write_bytes(content)
+    reader = ShardReader(shards)  # not looked at: opening must be quick
+    with pytest.raises(DataError, match=r"shard-000001\.tar: its SHA-256"):
+        reader.verify()
+
+
+def test_index_of_other_shards_is_noticed(shards, samples, tmp_path) -> None:
+    other = tmp_path / "other"
+    write_shards([replace(s, key=s.key[::-1]) for s in samples], other, shard_size_mb=0.012)
+    shutil.copy(other / "shard-000000.tar", shards / "shard-000000.tar")
+    with pytest.raises(DataError, match=r"shard-000000\.tar \(key sample-0\)"):
+        ShardReader(shards).read(0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"version": 99}, "not of format"), ({"shards": [{"name": "x"}]}, "is damaged"), ({"index": {}}, "is damaged")],
+)
+def test_a_manifest_of_another_kind_is_refused(shards, change, message: str) -> None:
+    path = shards / MANIFEST
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(DataError, match=message):
+        ShardReader(shards)
+
+
+def test_json_is_sharded_into_the_cache_once(tmp_path, make_samples, picture, monkeypatch) -> None:
+    (tmp_path / "a.png").write_bytes(picture(8, 8))
+    record = {"question": "q", "steps": [], "answer": "a", "image": "a.png"}
+    data = tmp_path / "train.jsonl"
+    data.write_text(json.dumps(record))
+    cache = tmp_path / "cache"
+    first = open_dataset(data, cache_dir=cache)
+    assert first.read(0).images == (picture(8, 8),)
+    monkeypatch.setattr("coconut.data.shards.write_shards", lambda *_: pytest.fail("sharded twice"))
+    assert open_dataset(data, cache_dir=cache).directory == first.directory
+    assert open_dataset(first.directory).key(0) == "0"
+    monkeypatch.undo()
+    image = tmp_path / "a.png"
+    times = image.stat()
+    image.write_bytes(picture(9, 9))
+    os.utime(image, ns=(times.st_atime_ns, times.st_mtime_ns))  # its size alone tells
+    changed = open_dataset(data, cache_dir=cache)
+    assert changed.directory != first.directory
+    assert changed.image_sizes(0) == [(9, 9)]
+    os.utime(image, ns=(0, 0))  # its time alone
+    assert open_dataset(data, cache_dir=cache).directory != changed.directory
+    data.write_text(json.dumps(record | {"answer": "b"}))
+    assert open_dataset(data, cache_dir=cache).read(0).answer == "b"
+    with pytest.raises(DataError, match=r"gone\.json does not exist"):
+        open_dataset(tmp_path / "gone.json", cache_dir=cache)

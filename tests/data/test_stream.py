@@ -1,0 +1,151 @@
+"""The stream: every sample once, the same steps on every rank, for any number of ranks and workers."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter, defaultdict
+
+import numpy as np
+import pytest
+import torch
+
+from coconut.data.collate import MultimodalCollator
+from coconut.data.encode import SampleEncoder
+from coconut.data.image import ImageProcessor
+from coconut.data.plan import make_plan
+from coconut.data.shards import ShardReader, write_shards
+from coconut.data.stage_text import build_prompt_template, stage_spec
+from coconut.data.stream import StreamLoader
+from coconut.types import Batch, DataError
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory, make_samples) -> ShardReader:
+    folder = tmp_path_factory.mktemp("shards")
+    write_shards(make_samples(23), folder, shard_size_mb=0.02)
+    return ShardReader(folder)
+
+
+@pytest.fixture
+def loader(reader, tokenizer, ids):
+    encoder = SampleEncoder(tokenizer, ImageProcessor(28, 1), build_prompt_template(tokenizer), 1)
+    collator = MultimodalCollator(tokenizer, None, ids[1])
+
+    def make(*, slots: int = 4, samples_per_step: int = 8, **options) -> StreamLoader:
+        costs = reader.costs(encoder.image_processor.num_patches, 1)
+        options = {
+            "plan": make_plan(costs, seed=1, epoch=0, slots=slots, samples_per_step=samples_per_step),
+            "dataset": reader,
+            "encode": encoder.encode,
+            "stage": lambda features: encoder.with_stage(features, stage_spec(1, c_thought=2), ids),
+            "collate": collator.collate_batch,
+        } | options
+        return StreamLoader(**options)
+
+    return make
+
+
+def steps_of(loaders) -> dict[int, list[tuple[int, tuple[str, ...]]]]:
+    """step -> its non-empty slots with their keys, over all ranks."""
+    steps = defaultdict(list)
+    for loader in loaders:
+        for batch in loader:
+            steps[batch.extras["step"]].append((batch.extras["slot"], batch.keys))
+    return {step: sorted(pair for pair in found if pair[1]) for step, found in steps.items()}
+
+
+def test_every_sample_once_and_the_same_steps_for_any_number_of_ranks(loader, reader) -> None:
+    expected = steps_of([loader()])
+    keys = Counter(key for slots in expected.values() for _, row in slots for key in row)
+    assert keys == {reader.key(i): 1 for i in range(23)}
+    for world in (2, 3, 4, 8, 64):
+        loaders = [loader(rank=rank, world=world) for rank in range(world)]
+        lengths = {len(list(one)) for one in loaders}
+        assert lengths == {len(loaders[0])}, "ranks differ in their number of micro-batches"
+        assert loaders[0].accumulation == -(-4 // world)
+        assert steps_of(loaders) == expected
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_workers_change_nothing(loader, num_workers: int) -> None:
+    alone = list(loader(rank=1, world=2))
+    shared = list(loader(rank=1, world=2, num_workers=num_workers))
+    assert [batch.keys for batch in shared] == [batch.keys for batch in alone]
+    assert [batch.extras for batch in shared] == [batch.extras for batch in alone]
+    for mine, theirs in zip(shared, alone, strict=True):
+        assert mine.tensors.keys() == theirs.tensors.keys()
+        assert all(torch.equal(mine.tensors[name], theirs.tensors[name]) for name in mine.tensors)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_starting_later_gives_the_rest(loader, num_workers: int) -> None:
+    whole = [batch.keys for batch in loader(slots=3)]
+    late = loader(slots=3, start_step=1, num_workers=num_workers)
+    assert len(late) == len(whole) - 3
+    assert [batch.keys for batch in late] == whole[3:]
+    assert list(loader(start_step=3)) == []
+    assert [batch.keys for batch in late] == whole[3:], "a loader can be run through again"
+
+
+def test_batches_are_made_for_the_model(loader) -> None:
+    batch = next(iter(loader()))
+    assert isinstance(batch, Batch)
+    assert set(batch.tensors) == {
+        "input_ids", "attention_mask", "labels", "position_ids", "pixel_values", "image_flags", "num_patches",
+    }  # fmt: skip
+    assert batch.tensors["pixel_values"].shape == (len(batch.keys), 3, 28, 28)
+    assert batch.n_label_tokens == int((batch.tensors["labels"] != -100).sum())
+
+
+def test_missing_slots_are_inert(loader) -> None:
+    batches = list(loader(slots=4, rank=2, world=3))  # slots 2 and 5, and there is no slot 5
+    assert [batch.extras["slot"] for batch in batches] == [2, 5] * 3
+    for batch in batches[1::2]:
+        assert batch.keys == ()
+        assert batch.n_label_tokens == 0
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_fault_is_one_line_from_a_worker_too(loader, num_workers: int) -> None:
+    def stage(features):
+        raise DataError(f"no stage for {features['key']}")
+
+    with pytest.raises(DataError, match=r"^no stage for sample-\d+$"):
+        list(loader(stage=stage, num_workers=num_workers))
+
+
+def test_the_process_random_state_is_left_alone(loader) -> None:
+    torch.manual_seed(0)
+    before = torch.random.get_rng_state()
+    list(loader())
+    list(loader(num_workers=1))
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_workers_prepare_in_other_processes(loader, tokenizer, ids) -> None:
+    def collate(features) -> Batch:
+        return Batch({}, tuple(f["key"] for f in features), 0, extras={"process": os.getpid()})
+
+    processes = {batch.extras["process"] for batch in loader(collate=collate, num_workers=2)}
+    assert len(processes) == 2
+    assert os.getpid() not in processes
+
+
+def test_bad_ranks_and_positions_are_named(loader) -> None:
+    with pytest.raises(DataError, match="rank is 2 of 2"):
+        loader(rank=2, world=2)
+    with pytest.raises(DataError, match="start_step is 4, but the epoch has 3"):
+        loader(start_step=4)
+
+
+def test_reads_follow_the_plan(reader, loader) -> None:
+    asked = []
+
+    class Spy:
+        def read(self, index: int):
+            asked.append(index)
+            return reader.read(index)
+
+    one = loader(dataset=Spy())
+    list(one)
+    assert asked == np.concatenate([hand for step in range(3) for hand in one.plan.step(step)]).tolist()
