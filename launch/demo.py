@@ -54,14 +54,18 @@ class Demo:
         seed: of the model's first weights, the order of the data and the stage mixing.
         quick: train and evaluate a little of everything, to see that it runs.
         no_cot_rates: learning rates tried without reasoning; the run that does best on validation data is evaluated.
-        n_gpus: 0 trains on two CPU ranks.
+        n_gpus: GPUs of this machine; 0 trains on CPUs.
+        ranks: of each training.
     """
 
-    def __init__(self, out: Path, seed: int, quick: bool, no_cot_rates: Sequence[float], n_gpus: int) -> None:
+    def __init__(
+        self, out: Path, seed: int, quick: bool, no_cot_rates: Sequence[float], n_gpus: int, ranks: int
+    ) -> None:
         self.out = out
         self.seed = seed
         self.quick = quick
         self.n_gpus = n_gpus
+        self.ranks = ranks
         self.coconut = out / "coconut"
         self.no_cot = {rate: out / f"no_cot_lr{rate:g}" for rate in no_cot_rates}
         self.times_file = out / "demo_times.json"
@@ -120,7 +124,7 @@ class Demo:
             return
         with self._timed(part):
             self._run(
-                *("deepspeed", "--num_gpus", self.n_gpus or CPU_RANKS),
+                *("deepspeed", "--num_gpus", self.ranks),
                 *("--master_port", free_port(), "launch/train.py"),
                 *("--deepspeed", "ds_configs/zero3.json", "--config", "args/demo.yaml"),
                 *(f"save_path={run.parent}", f"name={run.name}", f"seed={self.seed}", f"model_id={self.out / 'model'}"),
@@ -221,11 +225,15 @@ def main(argv: list[str] | None = None) -> int:
     )
     rates = "learning rates tried for no-CoT; the best on validation data is evaluated (default: %(default)s)"
     parser.add_argument("--no-cot-lr", type=float, nargs="+", default=[1e-3], metavar="RATE", help=rates)
+    ranks = f"processes that train together (default: one a GPU, or {CPU_RANKS} on CPUs)"
+    parser.add_argument("--ranks", type=int, help=ranks)
     parser.add_argument("--setup-seconds", type=float, default=0.0, help=argparse.SUPPRESS)  # demo.sh measures it
     arguments = parser.parse_args(argv)
     default = ROOT / "runs" / ("demo_quick" if arguments.quick else "demo") / f"seed_{arguments.seed}"
     out = (arguments.out or default).resolve()
-    demo = Demo(out, arguments.seed, arguments.quick, arguments.no_cot_lr, count_gpus())
+    n_gpus = count_gpus()
+    ranks = arguments.ranks or n_gpus or CPU_RANKS
+    demo = Demo(out, arguments.seed, arguments.quick, arguments.no_cot_lr, n_gpus, ranks)
     demo.add_time("set-up", arguments.setup_seconds)
     try:
         demo.make_data()

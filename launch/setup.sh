@@ -77,7 +77,9 @@ install_project() { # install_project [dev]
     say "uv could not install the project; trying pip"
   fi
   "$VENV/bin/python" -m pip --version >/dev/null 2>&1 || "$VENV/bin/python" -m ensurepip --upgrade >/dev/null
-  "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -e "$what"
+  local pip=("$VENV/bin/python" -m pip install --quiet --disable-pip-version-check)
+  "${pip[@]}" --upgrade pip || true # an old one builds packages in ways that are going away
+  "${pip[@]}" -e "$what"
 }
 
 # What DeepSpeed's collectives on CPUs need to be compiled: a C++ compiler and Python's headers.
@@ -98,9 +100,9 @@ from coconut.utils.distributed import prepare_native_builds
 prepare_native_builds()
 
 if not torch.cuda.is_available():  # GPUs use NCCL and need no build
-    from deepspeed.ops.op_builder.cpu import ShmCommBuilder
+    from deepspeed.comm.torch import build_shm_op
 
-    ShmCommBuilder().load(verbose=False)
+    build_shm_op()
 PY
 }
 

@@ -78,6 +78,7 @@ def run(config: Config) -> None:
     if config.only_eval:
         return evaluate_only(config)
     import torch
+    from transformers.utils.logging import disable_progress_bar
 
     from coconut.config.deepspeed import resolve_ds_config
     from coconut.utils.distributed import get_world_size, init_distributed_training, shutdown_distributed
@@ -85,6 +86,7 @@ def run(config: Config) -> None:
 
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
+    disable_progress_bar()  # transformers' own, at each loading and saving, from every rank
     init_distributed_training(force=True)
     setup_logging(config)
     resolve_ds_config(config, world_size=get_world_size(), hidden_size=1024)  # the true width is not known yet

@@ -22,7 +22,7 @@ from coconut.model.generate import generation_settings, left_pad, wrap_questions
 from coconut.model.loss import label_loss, label_positions, n_chunks
 from coconut.model.multipass import PassOutput, ThoughtTransform, checkpoint_layers, run_passes
 from coconut.model.spans import cut_into_passes, latent_columns
-from coconut.types import DataError, PromptTemplate, StageSpec
+from coconut.types import ConfigError, DataError, PromptTemplate, StageSpec
 from coconut.utils.distributed import all_reduce_max, get_world_size
 
 
@@ -182,6 +182,11 @@ class MultimodalCoconut(nn.Module):
                 output_attentions=output_attentions,
                 output_hidden_states=output_hidden_states,
                 return_dict=return_dict is not False,
+            )
+        if output_attentions and self.backbone.text_config._attn_implementation != "eager":
+            raise ConfigError(
+                "output_attentions needs attn_implementation eager, as no other kernel keeps its weights; set it in the "
+                "configuration, or call model.base_model.set_attn_implementation('eager')"
             )
         if labels is not None:
             # A padded position has nothing to predict, whatever its label says.

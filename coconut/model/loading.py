@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
@@ -48,7 +49,7 @@ def load_model(cls: type[MultimodalCoconut], model_id: str | Path, config: Any =
         keep_alive = _enter_zero3(config, hf_config)
     try:
         base_model = adapter.auto_class.from_pretrained(str(model_id), **options)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"cannot load weights from {str(model_id)!r}: {error}") from error
     init_token = getattr(config, "latent_init_token", None) if config is not None else None
     _add_embeddings(base_model, tokenizer, (start_id, latent_id, end_id), init_token)

@@ -133,7 +133,7 @@ class StageManager:
             "advance_at": self.advance_at,
         }
         if self.method == "coconut":
-            values |= {name: v for name, v in dict(self.overrides.get(stage, {})).items() if v is not None}
+            values |= self.overrides.get(stage, {})
         return StageSettings(stage=stage, **values)
 
     def spec(self, stage: int) -> StageSpec:
@@ -167,7 +167,9 @@ class StageManager:
         to_stage = partial(
             dataset.encoder.with_stage, spec=self.spec(stage), ids=special_token_ids(dataset.tokenizer)
         )
-        return _MapView(dataset, to_stage) if hasattr(dataset, "__getitem__") else _IterableView(dataset, to_stage)
+        # torch gives an IterableDataset a __getitem__ too, which only raises.
+        is_map = hasattr(dataset, "__getitem__") and not isinstance(dataset, IterableDataset)
+        return _MapView(dataset, to_stage) if is_map else _IterableView(dataset, to_stage)
 
     def stage_of_sample(self, key: str, n_steps: int, stage: int, *, seed: int, epoch: int) -> int:
         """The stage at which one sample is trained when samples of other stages are mixed in."""

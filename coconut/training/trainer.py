@@ -168,6 +168,7 @@ class MultimodalCoTTrainer:
         accumulation = engine.gradient_accumulation_steps()
         steps = len(dataloader.plan) if hasattr(dataloader, "plan") else None
         whole, window = Totals(), Totals()
+        position = self.state.epoch_step
         batches = (_as_batch(item) for item in dataloader)
         while not self._out_of_budget():
             micro_batches = list(islice(batches, accumulation))
@@ -178,6 +179,8 @@ class MultimodalCoTTrainer:
                 self._log_training(window, epoch, steps)
                 window = Totals()
         self.state.seconds += whole.seconds
+        if steps is None:  # somebody else's data: no place in a plan of ours
+            self.state.epoch_step = position
         loss_sum = all_reduce_sum([whole.loss_sum])[0]
         return {
             "loss": loss_sum / max(whole.label_tokens, 1),

@@ -1,6 +1,6 @@
 """Make a configuration file of one's own from a template.
 
-    python docs/examples/custom_configuration.py [FILE.yaml]
+python docs/examples/custom_configuration.py [FILE.yaml]
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Load a configuration file, and fall back to the defaults when it is unusable.
 
-    python docs/examples/error_handling.py [CONFIG.yaml]
+python docs/examples/error_handling.py [CONFIG.yaml]
 """
 
 import sys

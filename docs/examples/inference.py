@@ -1,6 +1,6 @@
 """Ask a trained checkpoint about a picture.
 
-    python docs/examples/inference.py CHECKPOINT IMAGE [QUESTION]
+python docs/examples/inference.py CHECKPOINT IMAGE [QUESTION]
 """
 
 import sys
