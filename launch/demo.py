@@ -225,8 +225,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     rates = "learning rates tried for no-CoT; the best on validation data is evaluated (default: %(default)s)"
     parser.add_argument("--no-cot-lr", type=float, nargs="+", default=[1e-3], metavar="RATE", help=rates)
-    ranks = f"processes that train together (default: one a GPU, or {CPU_RANKS} on CPUs)"
-    parser.add_argument("--ranks", type=int, help=ranks)
+    processes = f"processes that train together (default: one a GPU, or {CPU_RANKS} on CPUs)"
+    parser.add_argument("--ranks", type=int, help=processes)
     parser.add_argument("--setup-seconds", type=float, default=0.0, help=argparse.SUPPRESS)  # demo.sh measures it
     arguments = parser.parse_args(argv)
     default = ROOT / "runs" / ("demo_quick" if arguments.quick else "demo") / f"seed_{arguments.seed}"

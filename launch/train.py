@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that the script runs from a clone that is not installed
 
 from coconut.config import Config, load_config, validate_config
-from coconut.types import CoconutError
+from coconut.types import CoconutError, ConfigError
 
 DEMO_DATA = Path("data/arrow_maze")
 
@@ -124,6 +124,8 @@ def evaluate_only(config: Config) -> None:
 
     checkpoint = find_checkpoint(Path(config.load_model_path or config.model_id))
     options = EvaluationOptions(batch_size=config.batch_size_eval, max_new_tokens=config.max_new_tokens)
+    if config.test_data_path is None:
+        raise ConfigError("only_eval needs test_data_path: the data to score the checkpoint on")
     jobs = plan_jobs(checkpoint, [Path(config.test_data_path)], config.run_dir / "eval", options)
     root = Path(config.image_root) if config.image_root else None
     results = evaluate_checkpoint(checkpoint, jobs, image_root=root, num_threads=config.num_threads)

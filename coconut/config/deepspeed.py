@@ -86,7 +86,7 @@ def resolve_ds_config(config: Any, *, world_size: int, hidden_size: int) -> dict
         ConfigError: every contradiction between the two files, and every "auto" without a meaning, in one message.
     """
     path = config.deepspeed
-    resolved = read_ds_config(path) if path else {"zero_optimization": {"stage": 0}}
+    resolved: dict[str, Any] = read_ds_config(path) if path else {"zero_optimization": {"stage": 0}}
     if path:
         zero_stage(path)
     geometry = batch_geometry(config, world_size)

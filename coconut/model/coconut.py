@@ -30,7 +30,7 @@ from coconut.utils.distributed import all_reduce_max, get_world_size
 class CoconutOutput(CausalLMOutputWithPast):
     """transformers' output, and the thoughts [B, K, H] when they were asked for."""
 
-    thoughts: torch.FloatTensor | None = None
+    thoughts: Tensor | None = None
 
 
 class MultimodalCoconut(nn.Module):
@@ -72,6 +72,9 @@ class MultimodalCoconut(nn.Module):
         self.prompt_template: PromptTemplate | None = None
         self.stage_spec: StageSpec | None = None
         self.metadata: dict[str, Any] = {}  # saved with the weights: data, curriculum, scores
+        self.pixel_mean: Tensor
+        self.pixel_std: Tensor
+        self.zero3_config: Any = None  # transformers forgets that it runs under ZeRO-3 when this object dies
         self.register_buffer("pixel_mean", torch.tensor(self.backbone.pixel_mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(self.backbone.pixel_std).view(1, 3, 1, 1), persistent=False)
 
@@ -185,8 +188,8 @@ class MultimodalCoconut(nn.Module):
             )
         if output_attentions and self.backbone.text_config._attn_implementation != "eager":
             raise ConfigError(
-                "output_attentions needs attn_implementation eager, as no other kernel keeps its weights; set it in the "
-                "configuration, or call model.base_model.set_attn_implementation('eager')"
+                "output_attentions needs attn_implementation eager, as no other kernel keeps its weights; set it in "
+                "the configuration, or call model.base_model.set_attn_implementation('eager')"
             )
         if labels is not None:
             # A padded position has nothing to predict, whatever its label says.
@@ -264,10 +267,10 @@ class MultimodalCoconut(nn.Module):
         embeds_BLH = self.backbone.embed(input_ids)
         if visual_features is not None:
             embeds_BLH = self._insert_images(embeds_BLH, input_ids, visual_features)
-        elif self._count_image_tokens(input_ids):
+        elif n_image_tokens := self._count_image_tokens(input_ids):
             raise DataError(
-                f"input_ids hold {self._count_image_tokens(input_ids)} image tokens (id {self.backbone.image_token_id}) "
-                "but no pixel_values or visual_features were given"
+                f"input_ids hold {n_image_tokens} image tokens (id {self.backbone.image_token_id}), but no "
+                "pixel_values or visual_features were given"
             )
         output = run_passes(
             self.backbone.decoder,
@@ -304,7 +307,8 @@ class MultimodalCoconut(nn.Module):
                 f"{features_NH.shape[0]} ({self.tokens_per_patch} a tile); expand one image token a feature, and "
                 "pass num_patches when pixel_values are padded"
             )
-        rows_columns = (input_ids == self.backbone.image_token_id).nonzero(as_tuple=True)
+        is_image_BL = torch.eq(input_ids, self.backbone.image_token_id or -1)
+        rows_columns = is_image_BL.nonzero(as_tuple=True)
         return embeds_BLH.index_put(rows_columns, features_NH.to(embeds_BLH.dtype))
 
     @torch.no_grad()
@@ -399,7 +403,9 @@ def flatten_tiles(pixel_values: Tensor, num_patches: Tensor | None) -> Tensor:
         )
     if num_patches is None:
         return pixel_values.flatten(0, 1)
-    real_BP = torch.arange(pixel_values.shape[1], device=pixel_values.device) < num_patches.to(pixel_values.device)[:, None]
+    real_BP = (
+        torch.arange(pixel_values.shape[1], device=pixel_values.device) < num_patches.to(pixel_values.device)[:, None]
+    )
     return pixel_values[real_BP]
 
 

@@ -1,7 +1,7 @@
 """Loading and saving a `MultimodalCoconut`: ordinary transformers folders with one file of ours beside the weights.
 
-    FOLDER/config.json  model.safetensors  tokenizer ...      what plain transformers reads
-    FOLDER/coconut.json                                        latent ids, prompt template, stage, metadata
+FOLDER/config.json  model.safetensors  tokenizer ...      what plain transformers reads
+FOLDER/coconut.json                                        latent ids, prompt template, stage, metadata
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def load_model(cls: type[MultimodalCoconut], model_id: str | Path, config: Any =
     init_token = getattr(config, "latent_init_token", None) if config is not None else None
     _add_embeddings(base_model, tokenizer, (start_id, latent_id, end_id), init_token)
     model = cls(base_model, latent_id, start_id, end_id, tokenizer.eos_token_id)
-    model.zero3_config = keep_alive  # transformers forgets that it runs under ZeRO-3 when this object dies
+    model.zero3_config = keep_alive
     _read_metadata(model, Path(model_id))
     return model
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +86,7 @@ class PassOutput:
 
 
 def run_passes(
-    decoder: nn.Module,
+    decoder: Any,
     embeds_BLH: Tensor,
     attention_mask_BL: Tensor,
     position_ids: Tensor,
@@ -170,7 +171,7 @@ class _CheckpointedLayer:
 
     def __call__(self, *args: object, **kwargs: object) -> object:
         if torch.is_grad_enabled():
-            return checkpoint(super().__call__, *args, use_reentrant=False, **kwargs)  # type: ignore[misc]
+            return checkpoint(super().__call__, *args, use_reentrant=False, **kwargs)  # type: ignore[call-overload, misc]
         return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
 

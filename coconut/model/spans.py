@@ -14,6 +14,8 @@ makes a causal decoder indifferent to where its input is cut), so no dummy work 
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -54,4 +56,4 @@ def cut_into_passes(columns: list[int], length: int, n_passes: int) -> list[tupl
         starts.add(column)
         column += 1
     bounds = [0, *sorted(starts), length]
-    return list(zip(bounds[:-1], bounds[1:], strict=True))
+    return list(pairwise(bounds))

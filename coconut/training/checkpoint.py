@@ -1,8 +1,8 @@
 """Checkpoints of a run: a DeepSpeed folder and our state, committed by a rename.
 
-    RUN/checkpoints/step-00001250/engine/...      weights and optimizer, written by DeepSpeed on every rank
-    RUN/checkpoints/step-00001250/state.json      TrainState; written last, so a folder without it is no checkpoint
-    RUN/checkpoints/.step-00001250.partial/       one that is being written, or whose writer died
+RUN/checkpoints/step-00001250/engine/...      weights and optimizer, written by DeepSpeed on every rank
+RUN/checkpoints/step-00001250/state.json      TrainState; written last, so a folder without it is no checkpoint
+RUN/checkpoints/.step-00001250.partial/       one that is being written, or whose writer died
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ def load_checkpoint(engine: Any, folder: Path) -> TrainState:
     state, world_size = read_state(folder)
     if world_size != get_world_size():
         raise CheckpointError(
-            f"{folder} was written by {world_size} ranks, this run has {get_world_size()}; start it with {world_size}, or "
-            "begin a new run from the weights alone with load_model_path"
+            f"{folder} was written by {world_size} ranks, this run has {get_world_size()}; start it with "
+            f"{world_size}, or begin a new run from the weights alone with load_model_path"
         )
     loaded, _ = engine.load_checkpoint(str(folder), tag=ENGINE_TAG)
     if loaded is None:

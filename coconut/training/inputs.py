@@ -1,6 +1,6 @@
 """What a run reads: its data sets, opened and checked once, and the loader of each stage and epoch.
 
-    train_data_path --open_dataset--> ShardReader --costs, make_plan(epoch)--> StreamLoader --> Batch
+train_data_path --open_dataset--> ShardReader --costs, make_plan(epoch)--> StreamLoader --> Batch
 """
 
 from __future__ import annotations

@@ -125,7 +125,7 @@ class StageManager:
             epochs = self.num_epochs
         elif stage > self.max_latent_stage and self.num_epochs is not None:
             epochs = self.num_epochs - sum(self.settings(s).epochs for s in range(self.max_latent_stage + 1))
-        values = {
+        values: dict[str, Any] = {
             "epochs": epochs,
             "learning_rate": self.learning_rate,
             "warmup_steps": self.warmup_steps,
@@ -164,9 +164,7 @@ class StageManager:
         Args:
             dataset: items as `MultimodalDataset` gives them, with its ``tokenizer`` and ``encoder``.
         """
-        to_stage = partial(
-            dataset.encoder.with_stage, spec=self.spec(stage), ids=special_token_ids(dataset.tokenizer)
-        )
+        to_stage = partial(dataset.encoder.with_stage, spec=self.spec(stage), ids=special_token_ids(dataset.tokenizer))
         # torch gives an IterableDataset a __getitem__ too, which only raises.
         is_map = hasattr(dataset, "__getitem__") and not isinstance(dataset, IterableDataset)
         return _MapView(dataset, to_stage) if is_map else _IterableView(dataset, to_stage)

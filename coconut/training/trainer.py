@@ -1,6 +1,6 @@
 """`MultimodalCoTTrainer`: the stages of the curriculum, one after the other, on a DeepSpeed engine.
 
-    for stage:  reset optimizer -> for epoch: train_epoch -> validate -> save_checkpoint -> (advance?) -> RUN/stage_K/
+for stage:  reset optimizer -> for epoch: train_epoch -> validate -> save_checkpoint -> (advance?) -> RUN/stage_K/
 """
 
 from __future__ import annotations
@@ -58,9 +58,7 @@ class MultimodalCoTTrainer:
         template = build_prompt_template(tokenizer, config.prompt_format)
         model.prompt_template = template
         encoder = SampleEncoder(tokenizer, image_processor, template, model.tokens_per_patch, config.max_length)
-        self.collator = MultimodalCollator(
-            tokenizer, image_processor, model.latent_token_id, config.pad_to_multiple_of
-        )
+        self.collator = MultimodalCollator(tokenizer, image_processor, model.latent_token_id, config.pad_to_multiple_of)
         self.inputs = TrainingInputs(config, encoder, self.collator, self.stages, model.latent_ids)
         self.checkpoints = CheckpointFolder(self.run_dir / "checkpoints", config.max_checkpoints)
         self.metrics = MetricsWriter(self.run_dir)
@@ -191,7 +189,9 @@ class MultimodalCoTTrainer:
     def _train_step(self, micro_batches: list[Batch], accumulation: int, whole: Totals, window: Totals) -> bool:
         """One optimizer step on all ranks; False, and nothing done, when a rank has no batch left."""
         engine, state, world = self.engine, self.state, get_world_size()
-        patches = sum(int(batch.tensors["num_patches"].sum()) for batch in micro_batches if "num_patches" in batch.tensors)
+        patches = sum(
+            int(batch.tensors["num_patches"].sum()) for batch in micro_batches if "num_patches" in batch.tensors
+        )
         counts = all_reduce_sum(
             [
                 len(micro_batches),
@@ -232,7 +232,11 @@ class MultimodalCoTTrainer:
             totals.steps += 1
         state.step, state.stage_step, state.epoch_step = state.step + 1, state.stage_step + 1, state.epoch_step + 1
         state.steps_since_reset += 1
-        state.samples, state.tokens, state.flops = state.samples + n_samples, state.tokens + n_tokens, state.flops + flops
+        state.samples, state.tokens, state.flops = (
+            state.samples + n_samples,
+            state.tokens + n_tokens,
+            state.flops + flops,
+        )
         return True
 
     # -- validation --
@@ -253,8 +257,8 @@ class MultimodalCoTTrainer:
         for batch in in_lockstep((_as_batch(item) for item in dataloader), self.collator):
             tensors = self._to_device(batch)
             loss = self.model(**tensors, loss_only=True, num_items_in_batch=1.0).loss
-            right, whole = self._generate_and_score(batch, tensors)
-            for i, value in enumerate((float(loss), batch.n_label_tokens, right, whole, len(batch.keys))):
+            n_right, n_whole = self._generate_and_score(batch, tensors)
+            for i, value in enumerate((float(loss), batch.n_label_tokens, n_right, n_whole, len(batch.keys))):
                 sums[i] += value
         loss_sum, labels, right, whole, samples = all_reduce_sum(sums)
         engine.train()
@@ -335,7 +339,8 @@ class MultimodalCoTTrainer:
         if self.state.samples_per_step != self.geometry.samples:
             raise ConfigError(
                 f"{folder} was written with {self.state.samples_per_step} samples an optimizer step, this run asks for "
-                f"{self.geometry.samples}; set global_batch_size={self.state.samples_per_step}, or start anew with resume=none"
+                f"{self.geometry.samples}; set global_batch_size={self.state.samples_per_step}, or start anew with "
+                "resume=none"
             )
         self.metrics.rewind(self.state.step)
         logger.info("going on from %s: stage %d, step %d", folder, self.state.stage, self.state.step)
@@ -374,7 +379,9 @@ class MultimodalCoTTrainer:
         logger.info(progress_line(where, rates, seconds_left))
 
     def _log_validation(self, kind: str, metrics: dict[str, float]) -> None:
-        self.metrics.write(kind, stage=self.state.stage, **self._position(), **{k: v for k, v in metrics.items() if k != "samples"})
+        self.metrics.write(
+            kind, stage=self.state.stage, **self._position(), **{k: v for k, v in metrics.items() if k != "samples"}
+        )
         logger.info(
             "%s  stage %d  loss %.4f  answers right %.1f %%  whole text right %.1f %%  (%d samples)",
             kind,
@@ -387,7 +394,10 @@ class MultimodalCoTTrainer:
 
     def _to_device(self, batch: Batch) -> dict[str, Any]:
         device = self.model.device
-        return {name: t.to(device, non_blocking=True) if isinstance(t, torch.Tensor) else t for name, t in batch.tensors.items()}
+        return {
+            name: t.to(device, non_blocking=True) if isinstance(t, torch.Tensor) else t
+            for name, t in batch.tensors.items()
+        }
 
 
 def _as_batch(item: Any) -> Batch:

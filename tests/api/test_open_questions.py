@@ -130,7 +130,7 @@ def test_added_tokens_start_from_a_documented_token(tmp_path, init_token):
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Split("\n", "isolated")
     plain = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
-    save_tiny(build_tiny_causal("qwen2", plain), plain, tmp_path / "plain")
+    save_tiny(build_tiny_causal("llama", plain), plain, tmp_path / "plain")
     ids = special_token_ids(load_tokenizer(tmp_path / "plain"))
     model = MultimodalCoconut.from_pretrained(tmp_path / "plain", Config({"latent_init_token": init_token}))
     table = model.base_model.get_input_embeddings().weight

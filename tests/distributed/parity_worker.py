@@ -39,7 +39,9 @@ def situation(seed: int) -> list[list[dict]]:
         most, images = draw.choice([0, 1, 3, 5]), draw.choice([0, 1, 2])
         ranks.append(
             [
-                make_row(generator, draw.randint(0, most), draw.randint(0, images), draw.randint(2, 12), draw.randint(0, 6))
+                make_row(
+                    generator, draw.randint(0, most), draw.randint(0, images), draw.randint(2, 12), draw.randint(0, 6)
+                )
                 for _ in range(draw.choice([0, 1, 2, 4]))
             ]
         )
@@ -121,7 +123,9 @@ def main(stage: int, situations: int, seed: int, mode: str) -> None:
                 if other.grad is not None:
                     other -= LEARNING_RATE * other.grad
         if get_rank() == 0:
-            print(f"situation {number}: rows {[len(rows) for rows in ranks]} labels {labels} gradient error {worst:.1e}")
+            print(
+                f"situation {number}: rows {[len(rows) for rows in ranks]} labels {labels} gradient error {worst:.1e}"
+            )
     if is_faulty:
         assert worst > 1e-3, f"the fault {mode} went unnoticed: largest gradient error {worst:.1e}"
         print(f"fault seen: {mode}, gradient error {worst:.1e}")

@@ -1,4 +1,4 @@
-"""`deepspeed launch/train.py --deepspeed FILE` as typed: one and two ranks, each ZeRO stage, and going on after a stop."""
+"""`deepspeed launch/train.py --deepspeed FILE` as typed: ranks, ZeRO stages, and going on after a stop."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ from launch.prepare_data import prepare_arrow_maze
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
-SMALL = ["stages.0.epochs=1", "epochs_per_stage=1", "stages.last.epochs=1", "samples_per_epoch=128", "log_every_n_steps=1"]
+SMALL = [
+    "stages.0.epochs=1",
+    "epochs_per_stage=1",
+    "stages.last.epochs=1",
+    "samples_per_epoch=128",
+    "log_every_n_steps=1",
+]
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +36,13 @@ def home(tmp_path_factory: pytest.TempPathFactory, project: Path) -> Path:
 
 def train(home: Path, name: str, *overrides: str, ranks: int = 2, zero: str = "zero3") -> list[dict]:
     """Rows of metrics.jsonl after a run that has to end well."""
-    command = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks), "--master_port", _free_port()]
+    command = [
+        str(Path(sys.executable).with_name("deepspeed")),
+        "--num_gpus",
+        str(ranks),
+        "--master_port",
+        _free_port(),
+    ]
     command += ["launch/train.py", "--deepspeed", f"ds_configs/{zero}.json", f"name={name}", *SMALL, *overrides]
     done = subprocess.run(command, cwd=home, capture_output=True, text=True, timeout=500, env=os.environ)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
@@ -95,5 +107,6 @@ def test_torchrun_and_plain_python(home: Path, unbroken: list[dict]) -> None:
 
 
 def test_help_is_quick_and_imports_no_torch() -> None:
-    code = "import sys; from launch.train import build_parser; build_parser().format_help(); assert 'torch' not in sys.modules"
+    code = "import sys; from launch.train import build_parser; build_parser().format_help(); "
+    code += "assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0

@@ -28,7 +28,8 @@ TILE, TOKENS_PER_PATCH = 16, 4
 def tiny_internvl(attn: str = "sdpa", tie: bool = False, hidden: int = 32) -> InternVLForConditionalGeneration:
     config = InternVLConfig(
         vision_config=dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
-                           image_size=[TILE, TILE], patch_size=[4, 4], use_mean_pooling=True, layer_scale_init_value=0.5),
+                           image_size=[TILE, TILE], patch_size=[4, 4], use_mean_pooling=True,
+                           layer_scale_init_value=0.5),
         text_config=dict(model_type="qwen2", hidden_size=hidden, num_hidden_layers=3, num_attention_heads=4,
                          num_key_value_heads=2, intermediate_size=64, vocab_size=VOCAB, max_position_embeddings=512,
                          bos_token_id=None, eos_token_id=EOS, pad_token_id=0, initializer_range=0.1,
@@ -65,7 +66,7 @@ def make_row(generator: torch.Generator, n_latents: int, n_images: int = 0, word
     for _ in range(n_images):
         prompt += [IMAGE] * TOKENS_PER_PATCH + draw(1)
     span = [START] + [LATENT] * n_latents + [END] if n_latents else []
-    answer = draw(target) + [EOS]
+    answer = [*draw(target), EOS]
     return {
         "ids": prompt + span + answer,
         "labels": [-100] * (len(prompt) + len(span)) + answer,
@@ -103,7 +104,9 @@ def naive_loss(model: MultimodalCoconut, rows: list[dict], dtype: torch.dtype = 
         ids = torch.tensor([row["ids"]])
         embeds = base.get_input_embeddings()(ids)
         if len(row["tiles"]):
-            features = base.model.get_image_features(pixel_values=row["tiles"].to(dtype), return_dict=True).pooler_output
+            features = base.model.get_image_features(
+                pixel_values=row["tiles"].to(dtype), return_dict=True
+            ).pooler_output
             embeds = embeds.masked_scatter((ids == IMAGE)[..., None], features.to(embeds.dtype))
         for column in [i for i, token in enumerate(row["ids"]) if token == LATENT]:
             hidden = decoder(inputs_embeds=embeds[:, :column], use_cache=False).last_hidden_state

@@ -33,8 +33,7 @@ def ragged_rows(seed: int, images: bool) -> list[dict]:
     generator = torch.Generator().manual_seed(seed)
     latents, pictures, words = (0, 3, 1, 2, 3), (1, 0, 2, 1, 3), (5, 3, 9, 4, 2)
     return [
-        make_row(generator, k, n if images else 0, w, 3 + k)
-        for k, n, w in zip(latents, pictures, words, strict=True)
+        make_row(generator, k, n if images else 0, w, 3 + k) for k, n, w in zip(latents, pictures, words, strict=True)
     ]
 
 

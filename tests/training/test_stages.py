@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 from torch.utils.data import IterableDataset
 
@@ -72,7 +74,7 @@ class _Tokenizer:
 
 class _Map:
     tokenizer, encoder = _Tokenizer(), _Encoder()
-    read: list[int] = []
+    read: ClassVar[list[int]] = []
 
     def __len__(self) -> int:
         return 3
