@@ -93,6 +93,8 @@ class StreamLoader:
                 self.pipeline,
                 batch_size=None,
                 num_workers=self.num_workers,
+                # The pipeline holds functions that cannot be pickled, which newer Pythons' default start would do.
+                multiprocessing_context="fork" if self.num_workers else None,
                 # Its own generator: starting workers must not move the process's random state.
                 generator=Generator(),
             )

@@ -91,6 +91,9 @@ def wrap_questions(
     rows = []
     for row, n_tiles in enumerate(tiles_B):
         question = input_ids[row][mask[row].bool()].tolist()
+        # A tokenizer that opens every text (Llama's begin-of-sequence) has opened the question; the template does it.
+        if model.prompt_template.prefix and question[:1] == [model.prompt_template.prefix[0]]:
+            question = question[1:]
         ids = model.prompt_template.prompt(question, [n_tiles * model.tokens_per_patch] if n_tiles else [])
         if n_latents or (spec is not None and spec.markers):
             ids += [model.start_latent_id, *([model.latent_token_id] * n_latents), model.end_latent_id]

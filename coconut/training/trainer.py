@@ -83,8 +83,10 @@ class MultimodalCoTTrainer:
             return
         logger.info("%d ranks, stages %s, %s", get_world_size(), self.stages.stages, type(engine.optimizer).__name__)
         for stage in self.stages.stages:
-            if stage >= self.state.stage and not self._out_of_budget():
+            is_done = stage < self.state.stage or (stage == self.state.stage and self.state.stage_done)
+            if not is_done and not self._out_of_budget():
                 self._train_stage(stage)
+        self.model.stage_spec = self.stages.spec(self.state.stage)
         if self.inputs.test is not None:
             loader = self.inputs.evaluation_loader(self.inputs.test, self.state.stage)
             self._log_validation("test", self.validate(loader))

@@ -181,6 +181,25 @@ def test_raw_ids_are_wrapped_in_the_training_prompt_with_the_checkpoints_latents
     assert not torch.isin(question, torch.tensor(model.latent_ids)).any()
 
 
+def test_a_wrapped_question_is_opened_once_whatever_its_tokenizer_adds():
+    from tokenizers.processors import TemplateProcessing
+
+    from coconut.data.stage_text import build_prompt_template, stage_spec
+    from coconut.model.generate import wrap_questions
+    from coconut.model.tiny import build_tiny_causal, build_word_tokenizer
+
+    tokenizer = build_word_tokenizer(["\n", "a", "red", "<s>"])
+    opening = tokenizer.convert_tokens_to_ids("<s>")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", opening)])
+    start, latent, end = special_token_ids(tokenizer)
+    model = MultimodalCoconut(build_tiny_causal("llama", tokenizer), latent, start, end, tokenizer.eos_token_id)
+    model.prompt_template, model.stage_spec = build_prompt_template(tokenizer, "plain"), stage_spec(1, c_thought=1)
+    question = tokenizer.encode("red red", return_tensors="pt")
+    wrapped, _ = wrap_questions(model, question, torch.ones_like(question), None, None, None, None, None)
+    red, line = tokenizer.convert_tokens_to_ids(["red", "\n"])
+    assert wrapped[0].tolist() == [opening, red, red, line, start, latent, end]
+
+
 def test_encode_images_makes_visual_features_and_giving_both_is_an_error(run):
     model, item = run.trainer.model, run.dataset[0]
     ids = torch.tensor([run.dataset.tokenizer.encode("start a4 ?")])
