@@ -48,13 +48,17 @@ def main(argv: list[str] | None = None) -> int:
         config = load_config(arguments.config, validate=False, overrides=overrides)
         make_demo_data(config)
         validate_config(config)
+        if config.only_eval:
+            evaluate_only(config)
+            return 0
+        tokenizer, processor = check(config)
     except CoconutError as error:  # the same on every rank: said once
         if is_first:
             print(f"error: {error}", file=sys.stderr)
         return 2
     try:
-        run(config)
-    except CoconutError as error:
+        train(config, tokenizer, processor)
+    except CoconutError as error:  # of this rank's data, perhaps
         print(f"{'' if is_first else '[rank ' + os.environ['RANK'] + '] '}error: {error}", file=sys.stderr)
         return 2
     return 0
@@ -73,15 +77,17 @@ def make_demo_data(config: Config) -> None:
     prepare_arrow_maze(DEMO_DATA)
 
 
-def run(config: Config) -> None:
-    """Check everything that can be checked before a weight is loaded, then train (or evaluate)."""
-    if config.only_eval:
-        return evaluate_only(config)
+def check(config: Config) -> tuple[Any, Any]:
+    """Join the other ranks, and check all that can be checked before a weight is loaded.
+
+    Returns:
+        tokenizer and image processor.
+    """
     import torch
     from transformers.utils.logging import disable_progress_bar
 
     from coconut.config.deepspeed import resolve_ds_config
-    from coconut.utils.distributed import get_world_size, init_distributed_training, shutdown_distributed
+    from coconut.utils.distributed import get_world_size, init_distributed_training
     from coconut.utils.logging import setup_logging
 
     if config.num_threads is not None:
@@ -90,10 +96,14 @@ def run(config: Config) -> None:
     init_distributed_training(force=True)
     setup_logging(config)
     resolve_ds_config(config, world_size=get_world_size(), hidden_size=1024)  # the true width is not known yet
-    tokenizer, processor = load_inputs(config)
+    return load_inputs(config)
 
+
+def train(config: Config, tokenizer: Any, processor: Any) -> None:
+    """Load the model and train it."""
     from coconut.model import MultimodalCoconut
     from coconut.training import MultimodalCoTTrainer
+    from coconut.utils.distributed import shutdown_distributed
 
     model = MultimodalCoconut.from_pretrained(config.load_model_path or config.model_id, config)
     trainer = MultimodalCoTTrainer(model, tokenizer, processor if model.tokens_per_patch else None, config)

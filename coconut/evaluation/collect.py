@@ -76,17 +76,21 @@ class Evaluation:
         return (*changed, *([f"{options['thoughts']} for thoughts"] if options["thoughts"] != "own" else []))
 
     @property
+    def config(self) -> dict[str, Any]:
+        """The configuration of the checkpoint's run, as far as it tells."""
+        return (self.summary.get("metadata") or {}).get("config") or {}
+
+    @property
     def cost(self) -> dict[str, float]:
-        """Samples, steps, FLOPs and seconds of training up to this checkpoint, as far as it tells."""
+        """Samples, steps and FLOPs of training up to this checkpoint, as far as it tells."""
         state = (self.summary.get("metadata") or {}).get("state") or {}
-        names = {"samples": "samples", "steps": "step", "flops": "flops", "seconds": "seconds"}
+        names = {"samples": "samples", "steps": "step", "flops": "flops"}
         return {name: state[key] for name, key in names.items() if state.get(key) is not None}
 
     @property
     def seed(self) -> str:
         """What tells this model from others of the same method: its seed, or else its run folder."""
-        config = (self.summary.get("metadata") or {}).get("config") or {}
-        return f"seed {config['seed']}" if "seed" in config else self.checkpoint.parent.name
+        return f"seed {self.config['seed']}" if "seed" in self.config else self.checkpoint.parent.name
 
     def predictions(self) -> list[dict[str, Any]]:
         """All rows of predictions.jsonl, in the order of the data."""
@@ -155,15 +159,20 @@ def method_name(spec: dict[str, Any]) -> str:
 
 
 def name_stages(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
-    """Tell checkpoints of several latent stages apart by name; the last stage is the method itself."""
+    """Tell checkpoints of several latent stages apart by name; that of the last stage is the method itself.
+
+    The last stage is the one that the checkpoint's configuration names, or else the last that was evaluated.
+    """
     coconut = _METHOD_NAMES["coconut"]
-    stages = [e.summary["stage_spec"]["stage"] for e in evaluations if e.method == coconut]
-    return [
-        replace(e, method=f"{coconut}, stage {e.summary['stage_spec']['stage']}")
-        if e.method == coconut and e.summary["stage_spec"]["stage"] < max(stages)
-        else e
-        for e in evaluations
-    ]
+    latest = max((e.summary["stage_spec"]["stage"] for e in evaluations), default=0)
+
+    def named(evaluation: Evaluation) -> Evaluation:
+        stage = evaluation.summary["stage_spec"]["stage"]
+        if evaluation.method != coconut or stage >= evaluation.config.get("max_latent_stage", latest):
+            return evaluation
+        return replace(evaluation, method=f"{coconut}, stage {stage}")
+
+    return [named(evaluation) for evaluation in evaluations]
 
 
 def find_runs(folder: Path) -> list[Path]:

@@ -20,7 +20,8 @@ def examples(methods: Sequence[Method]) -> dict[str, Any] | None:
     main = main_method(methods)
     if main is None:
         return None
-    said = {method.name: {row["key"]: row for row in method.plain[0].predictions()} for method in methods}
+    order = [main, *(method for method in methods if method is not main)]
+    said = {method.name: {row["key"]: row for row in method.plain[0].predictions()} for method in order}
     rows = list(said[main.name].values())
     samples = _sample_reader(main.plain[0])
     groups = []

@@ -152,10 +152,10 @@ def draw_methods(bars: Sequence[Bar], floors: dict[str, float], whiskers: str, s
                 row, bar.latents, height=0.56, color=colour, alpha=0.45, hatch="///", edgecolor=style.paper, linewidth=0
             )
             right.barh(row, bar.tokens, left=bar.latents, height=0.56, color=colour)
-            thoughts = (
-                f"{bar.latents:.3g} thoughts + {bar.tokens:.3g} tokens" if bar.latents else f"{bar.tokens:.3g} tokens"
-            )
-            right.annotate(thoughts, (bar.latents + bar.tokens, row), (5, 0), textcoords="offset points", va="center")
+            parts = [f"{bar.latents:.3g} thought{'s' * (bar.latents != 1)}"] if bar.latents else []
+            parts.append(f"{bar.tokens:.3g} token{'s' * (bar.tokens != 1)}")
+            end = (bar.latents + bar.tokens, row)
+            right.annotate(" + ".join(parts), end, (5, 0), textcoords="offset points", va="center")
         longest = max((bar.latents + bar.tokens for bar in bars), default=1)
         right.set_xlim(0, longest * (1.75 if style.narrow else 1.6))
         right.xaxis.set_major_locator(MaxNLocator(5, integer=True))

@@ -106,8 +106,8 @@ def machine_lines(evaluations: Sequence[Evaluation]) -> list[str]:
 
 
 def main_method(methods: Sequence[Method]) -> Method | None:
-    """The method the page is about: the one with thoughts, else the first."""
-    return next((m for m in methods if m.plain[0].summary["mean_latents"] > 0), methods[0] if methods else None)
+    """The method the page is about: the one with most thoughts, else the first."""
+    return max(methods, key=lambda method: mean_of(method.plain, "mean_latents"), default=None)
 
 
 def mean_of(evaluations: Sequence[Evaluation], name: str) -> float:

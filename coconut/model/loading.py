@@ -86,7 +86,10 @@ def _add_embeddings(
     rows = _embedding_rows(base_model)
     source_ids = tokenizer.encode(init_token or "\n", add_special_tokens=False)
     if not source_ids:
-        raise ConfigError(f"latent_init_token {init_token!r} is no token of this tokenizer; choose an existing one")
+        raise ConfigError(
+            f"{init_token or chr(10)!r} is no token of this tokenizer, and the new tokens are to start from its "
+            "embedding; set latent_init_token to one that exists"
+        )
     if len(tokenizer) > rows:
         base_model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     tables = [base_model.get_input_embeddings(), base_model.get_output_embeddings()]

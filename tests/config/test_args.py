@@ -51,7 +51,7 @@ def test_the_demo_is_the_recipe_that_was_found(project: Path) -> None:
     def stage(k: int) -> list[Any]:
         return [config.stage_setting(k, name) for name in ("learning_rate", "epochs", "uniform_prob", "advance_at")]
 
-    assert stage(0) == [2e-3, 12, 0.0, 0.99]
+    assert stage(0) == [2e-3, 20, 0.0, 0.99]
     assert stage(1) == stage(2) == stage(3) == [1e-3, 8, 0.25, 0.96]
     assert stage(4) == [3e-4, 12, 0.0, 0.99]
     assert (config.global_batch_size, config.warmup_steps, config.samples_per_epoch) == (32, 100, 5000)
