@@ -360,6 +360,13 @@ class MultimodalCoconut(nn.Module):
         if bool((input_ids[:, -1] == self.latent_token_id).any()):
             raise DataError("a prompt ends with a latent token; end the span with <|end-latent|>")
         columns = latent_columns(input_ids, self.latent_token_id, mask)
+        width = len(columns) + 2  # one column a pass, and the last one, which transformers' decoding takes
+        if self.lockstep and get_world_size() > 1:
+            (width,) = (int(v) for v in all_reduce_max([width]))
+        if (missing := width - input_ids.shape[1]) > 0:  # a short batch, where another rank has more thoughts
+            input_ids = nn.functional.pad(input_ids, (missing, 0), value=self.eos_token_id)
+            mask = nn.functional.pad(mask, (missing, 0), value=0)
+            columns = [column + missing for column in columns]
         settings = generation_settings(generation_config, generate_kwargs, self.eos_token_id)
         was_training = self.training
         self.eval()

@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import GenerationConfig
 
@@ -42,17 +41,12 @@ def generation_settings(
 
 
 def left_pad(input_ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Move each row's padding to its left, keeping the order of its tokens; drop columns nobody uses.
-
-    At least two columns come back, so that every rank has something to put into the cache before it decodes.
-    """
-    if input_ids.shape[1] < 2:
-        input_ids, mask = F.pad(input_ids, (1, 0), value=int(input_ids[0, 0])), F.pad(mask, (1, 0), value=0)
+    """Move each row's padding to its left, keeping the order of its tokens; drop columns nobody uses."""
     if bool(mask.all()):
         return input_ids, mask
     order = mask.bool().long().sort(dim=1, stable=True).indices
     input_ids, mask = input_ids.gather(1, order), mask.gather(1, order)
-    first = min(int(mask.any(0).long().argmax()), mask.shape[1] - 2)
+    first = int(mask.any(0).long().argmax())
     return input_ids[:, first:], mask[:, first:]
 
 
