@@ -39,6 +39,7 @@ QUICK = (
     "stages.last.epochs=1",
     "max_val_samples=40",
     "warmup_steps=5",
+    "log_every_n_steps=2",
 )
 
 
@@ -107,7 +108,9 @@ class Demo:
 
     def report(self, evaluations: Mapping[str, Path]) -> Path:
         page = self.out / "report" / "index.html"
-        runs = {"Coconut": self.coconut, **{f"no-CoT, {rate:g}": run for rate, run in self.no_cot.items()}}
+        several = len(self.no_cot) > 1
+        runs = {"Coconut": self.coconut}
+        runs |= {f"no-CoT, {rate:g}" if several else "no-CoT": run for rate, run in self.no_cot.items()}
         with self._timed("report"):
             self._run(
                 *("launch/report.py", "--out", page.parent, "--times", self.times_file),

@@ -25,7 +25,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="make_shards.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("data", nargs="?", type=Path, help="JSON list of records, or JSONL (see docs: data format)")
+    parser.add_argument("data", nargs="?", type=Path, help="JSON list of records, or JSONL (the README shows one)")
     parser.add_argument("--out", type=Path, required=True, help="folder of the shards; made, or its set replaced")
     parser.add_argument("--image-root", type=Path, help="folder of the images (default: that of the data file)")
     parser.add_argument("--shard-size", type=float, default=64.0, metavar="MB", help="size of a tar (default: 64)")

@@ -77,9 +77,10 @@ install_project() { # install_project [dev]
     say "uv could not install the project; trying pip"
   fi
   "$VENV/bin/python" -m pip --version >/dev/null 2>&1 || "$VENV/bin/python" -m ensurepip --upgrade >/dev/null
-  local pip=("$VENV/bin/python" -m pip install --quiet --disable-pip-version-check)
+  # PYTHONWARNINGS: setuptools explains editable installations at length.
+  local pip=(env PYTHONWARNINGS=ignore "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check)
   "${pip[@]}" --upgrade pip || true # an old one builds packages in ways that are going away
-  "${pip[@]}" -e "$what"
+  PYTHONWARNINGS=ignore "${pip[@]}" -e "$what"
 }
 
 # What DeepSpeed's collectives on CPUs need to be compiled: a C++ compiler and Python's headers.
@@ -92,6 +93,8 @@ install_compiler() {
 }
 
 build_native() {
+  # What a killed build left would be waited for for ever, by torch versions that lock with a file.
+  rm -f "$TORCH_EXTENSIONS_DIR"/*/lock
   "$VENV/bin/python" - <<'PY'
 import torch
 
@@ -128,7 +131,10 @@ setup() { # setup [dev]
     install_compiler
     say "compiling DeepSpeed's CPU collectives, once; up to a minute"
     mkdir -p "$TORCH_EXTENSIONS_DIR"
-    build_native >"$TORCH_EXTENSIONS_DIR/build.log" 2>&1 || {
+    (
+      flock 9 # one build at a time
+      build_native
+    ) >"$TORCH_EXTENSIONS_DIR/build.log" 2>&1 9>"$TORCH_EXTENSIONS_DIR/.building" || {
       tail -n 20 "$TORCH_EXTENSIONS_DIR/build.log" >&2
       fail "the build failed; all of it is in $TORCH_EXTENSIONS_DIR/build.log"
     }

@@ -43,7 +43,7 @@ section "mypy"
 mypy
 
 section "Layers"
-lint-imports
+lint-imports --no-logo
 
 section "shellcheck"
 mapfile -t scripts < <(find launch slurm .ci -type f \( -name '*.sh' -o -path '.ci/run' \) 2>/dev/null | sort)

@@ -45,6 +45,8 @@ def main(argv: list[str] | None = None) -> int:
         overrides.append(f"deepspeed={arguments.deepspeed}")
     is_first = os.environ.get("RANK", "0") == "0"
     try:
+        if not Path(arguments.config).exists() and (ROOT / arguments.config).exists():
+            raise ConfigError(f"{arguments.config} is not in this folder; start from the project's: cd {ROOT}")
         config = load_config(arguments.config, validate=False, overrides=overrides)
         make_demo_data(config)
         validate_config(config)
@@ -107,7 +109,6 @@ def train(config: Config, tokenizer: Any, processor: Any) -> None:
 
     model = MultimodalCoconut.from_pretrained(config.load_model_path or config.model_id, config)
     trainer = MultimodalCoTTrainer(model, tokenizer, processor if model.tokens_per_patch else None, config)
-    config.save(config.run_dir / "config.yaml")
     trainer.train()
     shutdown_distributed()
 
@@ -122,8 +123,9 @@ def load_inputs(config: Config) -> tuple[Any, Any]:
     tokenizer = load_tokenizer(config.load_model_path or config.model_id)
     processor = ImageProcessor.from_config(config)
     encoder = SampleEncoder(tokenizer, processor, build_prompt_template(tokenizer, config.prompt_format), 0)
-    for key in ("train_data_path", "val_data_path", "test_data_path"):
-        open_split(config, key, encoder)
+    open_split(config, "train_data_path", encoder, config.max_train_samples)
+    open_split(config, "val_data_path", encoder, config.max_val_samples)
+    open_split(config, "test_data_path", encoder)
     return tokenizer, processor
 
 

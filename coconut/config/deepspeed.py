@@ -68,7 +68,11 @@ def read_ds_config(path: str | Path) -> dict[str, Any]:
 
 def zero_stage(path: str | Path) -> int:
     """ZeRO stage that a DeepSpeed file asks for, 0 when it asks for none."""
-    stage = read_ds_config(path).get("zero_optimization", {}).get("stage", 0)
+    content = read_ds_config(path)
+    for section in ("zero_optimization", "bf16", "fp16", "optimizer"):
+        if not isinstance(content.get(section, {}), dict):
+            raise ConfigError(f"{path}: {section} is {content[section]!r}; it has to be a JSON object")
+    stage = content.get("zero_optimization", {}).get("stage", 0)
     if stage not in (0, 1, 2, 3):
         raise ConfigError(f"{path}: zero_optimization.stage is {stage!r}; choose 0, 1, 2 or 3")
     return int(stage)

@@ -153,7 +153,12 @@ class Schema(BaseModel):
         "auto", description="auto: go on from the run folder's newest checkpoint; none: start anew; or a path"
     )
     save_every_n_epochs: Int = Field(5, ge=1, description="epochs between two checkpoints; a stage's end is always one")
-    save_only_improve: bool = Field(False, description="save only when the validation got better")
+    save_every_n_steps: Int | None = Field(
+        None, ge=1, description="also save each time so many optimizer steps are done; null = at epochs' ends only"
+    )
+    save_only_improve: bool = Field(
+        False, description="inside a stage, save after each validation that got better, and only then"
+    )
     max_checkpoints: Int = Field(5, ge=1, description="checkpoints kept; the oldest goes first")
     early_stopping_patience: Int | None = Field(
         None, ge=1, description="validations without improvement that end a stage; null = off"

@@ -18,7 +18,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from coconut.model import loading
 from coconut.model.backbone import normalise_pixels, wrap_backbone
-from coconut.model.generate import generation_settings, left_pad, wrap_questions
+from coconut.model.generate import generation_settings, left_pad, tiles_a_row, wrap_questions
 from coconut.model.loss import label_loss, label_positions, n_chunks
 from coconut.model.multipass import PassOutput, ThoughtTransform, checkpoint_layers, run_passes
 from coconut.model.spans import cut_into_passes, latent_columns
@@ -200,8 +200,7 @@ class MultimodalCoconut(nn.Module):
             attention_mask,
             columns,
             position_ids=position_ids,
-            pixel_values=_drop_unflagged(pixel_values, image_flags),
-            num_patches=num_patches,
+            pixel_values=_real_tiles(pixel_values, num_patches, image_flags),
             visual_features=visual_features,
             chunks=chunks,
             output_hidden_states=bool(output_hidden_states),
@@ -237,7 +236,6 @@ class MultimodalCoconut(nn.Module):
         *,
         position_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
-        num_patches: Tensor | None = None,
         visual_features: Tensor | None = None,
         chunks: int = 1,
         thought_transform: ThoughtTransform | None = None,
@@ -260,7 +258,7 @@ class MultimodalCoconut(nn.Module):
         if position_ids is None:
             position_ids = self.backbone.position_ids(attention_mask)
         if pixel_values is not None:
-            visual_features = self.encode_images(pixel_values, num_patches)
+            visual_features = self.encode_images(pixel_values)
         elif see_nothing:
             nothing_0TH = self.encode_images(self._black_tile())[:0]
             visual_features = nothing_0TH if visual_features is None else visual_features
@@ -352,10 +350,9 @@ class MultimodalCoconut(nn.Module):
             raise DataError("give either pixel_values or visual_features to generate, not both")
         input_ids = input_ids.to(self.device)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(self.device)
-        pixel_values = _drop_unflagged(pixel_values, image_flags)
-        input_ids, mask = wrap_questions(
-            self, input_ids, mask, pixel_values, visual_features, num_patches, n_latents, wrap_prompt
-        )
+        tiles_B = tiles_a_row(pixel_values, visual_features, num_patches, image_flags, input_ids.shape[0])
+        input_ids, mask = wrap_questions(self, input_ids, mask, tiles_B, n_latents, wrap_prompt)
+        pixel_values = _real_tiles(pixel_values, num_patches, image_flags)
         input_ids, mask = left_pad(input_ids, mask)
         if bool((input_ids[:, -1] == self.latent_token_id).any()):
             raise DataError("a prompt ends with a latent token; end the span with <|end-latent|>")
@@ -375,7 +372,6 @@ class MultimodalCoconut(nn.Module):
             mask[:, :-1],
             columns,
             pixel_values=pixel_values,
-            num_patches=num_patches,
             visual_features=visual_features,
             thought_transform=thought_transform,
         )
@@ -416,12 +412,16 @@ def flatten_tiles(pixel_values: Tensor, num_patches: Tensor | None) -> Tensor:
     return pixel_values[real_BP]
 
 
-def _drop_unflagged(pixel_values: Tensor | None, image_flags: Tensor | None) -> Tensor | None:
-    """Leave out the tiles of rows whose flag is 0; only five-dimensional pixels say which row a tile belongs to."""
-    if pixel_values is None or image_flags is None or pixel_values.dim() != 5:
-        return pixel_values
-    kept = pixel_values[image_flags.flatten().bool()]
-    return kept if len(kept) else None
+def _real_tiles(pixel_values: Tensor | None, num_patches: Tensor | None, image_flags: Tensor | None) -> Tensor | None:
+    """[P, 3, height, width] without padding tiles and without those of rows whose flag is 0; None when none is left."""
+    if pixel_values is None or pixel_values.dim() == 4:
+        return pixel_values  # a flat list of tiles holds no placeholder
+    if image_flags is not None:
+        if num_patches is None:
+            num_patches = torch.full(pixel_values.shape[:1], pixel_values.shape[1])
+        num_patches = num_patches * image_flags.flatten().to(num_patches.device)
+    tiles_PCHW = flatten_tiles(pixel_values, num_patches)
+    return tiles_PCHW if len(tiles_PCHW) else None
 
 
 def _stack_thoughts(output: PassOutput, hidden_BLH: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from coconut.types import DataError
+from coconut.types import DataError, PromptTemplate
 
 if TYPE_CHECKING:
     from coconut.model.coconut import MultimodalCoconut
@@ -54,13 +54,14 @@ def wrap_questions(
     model: MultimodalCoconut,
     input_ids: Tensor,
     mask: Tensor,
-    pixel_values: Tensor | None,
-    visual_features: Tensor | None,
-    num_patches: Tensor | None,
+    tiles_B: list[int] | None,
     n_latents: int | None,
     wrap: bool | None,
 ) -> tuple[Tensor, Tensor]:
     """Wrap raw question ids in the training prompt; prompts that hold special tokens pass through.
+
+    Args:
+        tiles_B: image tiles of each row; None when that is not known.
 
     Raises:
         DataError: the model knows no prompt template, or the tiles cannot be told apart by row.
@@ -70,7 +71,7 @@ def wrap_questions(
         special.append(model.backbone.image_token_id)
     if wrap is None:
         is_raw = not bool(torch.isin(input_ids, torch.tensor(special, device=input_ids.device)).any())
-        wrap = is_raw and model.prompt_template is not None
+        wrap = is_raw and model.prompt_template is not None and not _has_prefix(input_ids, mask, model.prompt_template)
     if not wrap:
         return input_ids, mask
     if model.prompt_template is None:
@@ -78,7 +79,11 @@ def wrap_questions(
             "this model has no prompt template (it was not loaded from a checkpoint of the trainer); set "
             "model.prompt_template, or pass whole prompts with their image and latent tokens"
         )
-    tiles_B = _tiles_a_row(pixel_values, visual_features, num_patches, input_ids.shape[0])
+    if tiles_B is None:
+        raise DataError(
+            f"{input_ids.shape[0]} questions share a flat list of image tiles: say which belong to whom, with "
+            "num_patches [batch] or five-dimensional pixel_values"
+        )
     spec = model.stage_spec
     if n_latents is None:
         n_latents = spec.n_latents if spec is not None else 0
@@ -99,21 +104,31 @@ def wrap_questions(
     return wrapped, new_mask
 
 
-def _tiles_a_row(
-    pixel_values: Tensor | None, visual_features: Tensor | None, num_patches: Tensor | None, rows: int
-) -> list[int]:
+def _has_prefix(input_ids: Tensor, mask: Tensor, template: PromptTemplate) -> bool:
+    """Whether every row begins as a chat prompt does; a prefix of one token (begin of sequence) says nothing."""
+    prefix = list(template.prefix)
+    rows = (ids[kept.bool()].tolist() for ids, kept in zip(input_ids, mask, strict=True))
+    return len(prefix) > 1 and all(row[: len(prefix)] == prefix for row in rows)
+
+
+def tiles_a_row(
+    pixel_values: Tensor | None,
+    visual_features: Tensor | None,
+    num_patches: Tensor | None,
+    image_flags: Tensor | None,
+    rows: int,
+) -> list[int] | None:
+    """Image tiles of each row; None when several rows share tiles and nothing says which are whose."""
+    tiles = pixel_values if pixel_values is not None else visual_features
+    if tiles is None:
+        return [0] * rows
     if num_patches is not None:
-        return [int(n) for n in num_patches]
-    if pixel_values is not None and pixel_values.dim() == 5:
-        return [pixel_values.shape[1]] * rows
-    total = 0
-    if pixel_values is not None:
-        total = pixel_values.shape[0]
-    elif visual_features is not None:
-        total = visual_features.shape[0]
-    if rows > 1 and total:
-        raise DataError(
-            f"{total} image tiles for {rows} questions: say which belong to whom, with num_patches [batch] or "
-            "five-dimensional pixel_values"
-        )
-    return [total] * rows
+        counts = [int(n) for n in num_patches]
+    elif pixel_values is not None and pixel_values.dim() == 5:
+        counts = [pixel_values.shape[1]] * rows
+    elif rows == 1:
+        counts = [tiles.shape[0]]
+    else:
+        return None
+    flags = [1] * rows if image_flags is None else image_flags.flatten().tolist()
+    return [count if flag else 0 for count, flag in zip(counts, flags, strict=True)]

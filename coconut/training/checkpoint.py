@@ -7,14 +7,18 @@ RUN/checkpoints/.step-00001250.partial/       one that is being written, or whos
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from coconut.training.state import TrainState
-from coconut.types import CheckpointError
+from coconut.types import CheckpointError, ConfigError
 from coconut.utils.distributed import barrier, get_world_size, is_main_process
 from coconut.utils.logging import get_logger
 
@@ -30,11 +34,13 @@ class CheckpointFolder:
     Args:
         folder: where they lie.
         keep: how many of the newest stay.
+        run: settings that a run has to share with the checkpoint it goes on from.
     """
 
-    def __init__(self, folder: Path, keep: int) -> None:
+    def __init__(self, folder: Path, keep: int, run: dict[str, Any]) -> None:
         self.folder = folder
         self.keep = keep
+        self.run = run
 
     def save(self, engine: Any, state: TrainState) -> Path:
         """Write a checkpoint; every rank must call it. Nothing older is touched until it is complete."""
@@ -48,13 +54,15 @@ class CheckpointFolder:
         engine.save_checkpoint(str(partial), tag=ENGINE_TAG, save_latest=False)
         barrier()
         if is_main_process():
-            content = {"state": state.to_dict(), "world_size": get_world_size()}
-            write_durably(partial / STATE_FILE, json.dumps(content, indent=2) + "\n")
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
-            sync_folder(self.folder)
+            for path in partial.rglob("*"):
+                sync(path)
+            content = {"state": state.to_dict(), "world_size": get_world_size(), "run": self.run}
+            (partial / STATE_FILE).write_text(json.dumps(content, indent=2) + "\n")
+            sync(partial / STATE_FILE)
+            replace_folder(partial, final)
             for old in self.complete()[: -self.keep]:
-                shutil.rmtree(old)
+                if old != final:
+                    shutil.rmtree(old)
         barrier()
         return final
 
@@ -67,52 +75,104 @@ class CheckpointFolder:
         return found[-1] if found else None
 
 
-def load_checkpoint(engine: Any, folder: Path) -> TrainState:
-    """Put weights, optimizer and state back; every rank must call it.
+def read_checkpoint(folder: Path, run: dict[str, Any]) -> TrainState:
+    """The state in a checkpoint, once it is clear that this run may go on from it. Reads no weights.
+
+    Args:
+        folder: a complete checkpoint.
+        run: the settings of this run, to be compared with the checkpoint's.
 
     Raises:
-        CheckpointError: the folder is incomplete or damaged, or was written by another number of ranks.
-    """
-    state, world_size = read_state(folder)
-    if world_size != get_world_size():
-        raise CheckpointError(
-            f"{folder} was written by {world_size} ranks, this run has {get_world_size()}; start it with "
-            f"{world_size}, or begin a new run from the weights alone with load_model_path"
-        )
-    loaded, _ = engine.load_checkpoint(str(folder), tag=ENGINE_TAG)
-    if loaded is None:
-        raise CheckpointError(f"{folder / ENGINE_TAG} holds no DeepSpeed checkpoint")
-    return state
-
-
-def read_state(folder: Path) -> tuple[TrainState, int]:
-    """State and number of ranks of a checkpoint.
-
-    Raises:
-        CheckpointError: no such checkpoint, or its state cannot be read.
+        CheckpointError: no such checkpoint, its state cannot be read, or another number of ranks wrote it.
+        ConfigError: it belongs to a run with other settings.
     """
     path = folder / STATE_FILE
     try:
         content = json.loads(path.read_text())
-        return TrainState.from_dict(content["state"]), int(content["world_size"])
+        state, world_size, written_for = content["state"], int(content["world_size"]), dict(content["run"])
     except OSError as error:
         raise CheckpointError(f"{folder} is no complete checkpoint: {error}") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged: {error!r}") from error
+        raise CheckpointError(f"{path} is damaged: {error!r}; remove {folder} to go on without it") from error
+    differences = [f"{k} was {written_for.get(k)!r} and is {v!r}" for k, v in run.items() if written_for.get(k) != v]
+    if differences:
+        raise ConfigError(
+            f"{folder} is of another run: {'; '.join(differences)}. Put these back, choose another name, or start anew "
+            "with resume=none"
+        )
+    if world_size != get_world_size():
+        raise CheckpointError(
+            f"{folder} was written by {world_size} rank(s), this run has {get_world_size()}; start it with "
+            f"{world_size}, or begin a new run from the weights alone with load_model_path"
+        )
+    return TrainState.from_dict(state)
 
 
-def write_durably(path: Path, text: str) -> None:
-    """Write a small file that is whole on disk when this returns."""
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+def load_checkpoint(engine: Any, folder: Path) -> None:
+    """Put weights and optimizer back; every rank must call it.
+
+    Raises:
+        CheckpointError: the engine's files are damaged.
+    """
+    try:
+        loaded, _ = engine.load_checkpoint(str(folder), tag=ENGINE_TAG)
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, AssertionError, UnpicklingError) as error:
+        raise CheckpointError(
+            f"{folder} cannot be loaded ({type(error).__name__}: {error}); remove it to go on from the one before"
+        ) from error
+    if loaded is None:
+        raise CheckpointError(f"{folder / ENGINE_TAG} holds no DeepSpeed checkpoint; remove {folder} to go on without")
 
 
-def sync_folder(folder: Path) -> None:
-    """Make renames inside `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def replace_folder(partial: Path, final: Path) -> None:
+    """Put a finished folder in its place; what was there stays whole until then."""
+    old = final.with_name(f".{final.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        final.rename(old)
+    partial.rename(final)
+    sync(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def set_aside(run_dir: Path, names: Sequence[str]) -> Path | None:
+    """Move what an earlier run left under `names` into RUN/old-1, old-2 ...; nothing is deleted.
+
+    Returns:
+        the folder, or None where there was nothing to move.
+    """
+    found = [path for pattern in names for path in run_dir.glob(pattern)]
+    if not found:
+        return None
+    number = 1
+    while (target := run_dir / f"old-{number}").exists():
+        number += 1
+    target.mkdir()
+    for path in found:
+        path.rename(target / path.name)
+    return target
+
+
+def sync(path: Path) -> None:
+    """Make a file's content, or a folder's renames, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def locked_run(run_dir: Path) -> Iterator[None]:
+    """Hold a run folder: a second run in it would mix its metrics and checkpoints with this one's.
+
+    Raises:
+        ConfigError: another process holds it.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigError(f"another run is writing to {run_dir}; wait for it, or choose another name") from error
+        yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from coconut.config.deepspeed import resolve_ds_config
 from coconut.model import MultimodalCoconut
 from coconut.types import ConfigError
-from coconut.utils.distributed import get_world_size, init_distributed_training, is_main_process
+from coconut.utils.distributed import get_local_rank, get_world_size, init_distributed_training, is_main_process
 from coconut.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -40,6 +41,7 @@ def build_engine(model: MultimodalCoconut, config: Any, run_dir: Path) -> Any:
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trainable:
         raise ConfigError("no parameter is left to train")
+    os.environ.setdefault("LOCAL_RANK", str(get_local_rank()))  # asked for even where the group was made without
     engine, *_ = deepspeed.initialize(model=model, model_parameters=trainable, config=resolved)
     model.lockstep = True
     return engine

@@ -21,7 +21,7 @@ from coconut.data.shards import ShardReader, open_dataset
 from coconut.data.stream import StreamLoader
 from coconut.training.stages import StageManager
 from coconut.types import ConfigError
-from coconut.utils.distributed import get_rank, get_world_size
+from coconut.utils.distributed import get_rank, get_world_size, on_main_first
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,18 @@ def open_split(config: Any, key: str, encoder: SampleEncoder, limit: int | None 
     path = getattr(config, key)
     if path is None:
         return None
-    reader = open_dataset(path, image_root=config.image_root, cache_dir=Path(config.save_path) / ".shards")
+
+    def open_path() -> ShardReader:
+        return open_dataset(path, image_root=config.image_root, cache_dir=Path(config.save_path) / ".shards")
+
+    on_main_first(lambda: len(open_path()))  # one process writes the cache, also where nodes share no file locks
+    reader = open_path()
     processor = encoder.image_processor
     num_patches = processor.num_patches if processor is not None else lambda width, height: 0
     costs_N = reader.costs(num_patches, encoder.tokens_per_patch)[:limit]
     if len(costs_N) < get_world_size():
         raise ConfigError(
-            f"{key}: {path} holds {len(costs_N)} samples, fewer than the {get_world_size()} ranks of this run; "
+            f"{key}: {path} holds {len(costs_N)} sample(s), fewer than the {get_world_size()} ranks of this run; "
             "give more data or start fewer ranks"
         )
     return Split(reader, costs_N)

@@ -26,7 +26,9 @@ class MetricsWriter:
         """Drop the rows of steps after `step`, which a resumed run is about to take again."""
         if not is_main_process() or not self.path.exists():
             return
-        rows = [line for line in self.path.read_text().splitlines() if json.loads(line).get("step", 0) <= step]
+        text = self.path.read_text()
+        lines = text[: text.rfind("\n") + 1].splitlines()  # a line cut off by a crash is left out
+        rows = [line for line in lines if json.loads(line).get("step", 0) <= step]
         partial = self.path.with_suffix(".partial")
         partial.write_text("".join(f"{line}\n" for line in rows))
         partial.replace(self.path)

@@ -133,7 +133,10 @@ class StageManager:
             "advance_at": self.advance_at,
         }
         if self.method == "coconut":
-            values |= self.overrides.get(stage, {})
+            own = dict(self.overrides.get(min(stage, self.max_latent_stage), {}))
+            if stage > self.max_latent_stage:  # trained as stage K is, for the epochs that are left
+                own.pop("epochs", None)
+            values |= own
         return StageSettings(stage=stage, **values)
 
     def spec(self, stage: int) -> StageSpec:

@@ -26,8 +26,7 @@ class TrainState:
     tokens: int = 0
     flops: float = 0.0
     seconds: float = 0.0  # of training steps, validation and saving not counted
-    samples_per_step: int = 0  # fixed at the first start, as the data order hangs on them
-    slots: int = 0
+    samples_per_step: int = 0  # fixed at the first start, as the data order hangs on it
     best_accuracy: float = -1.0  # of this stage's validations
     validations_without_gain: int = 0
     stage_done: bool = False  # the stage's target was met, or its epochs or patience are over

@@ -5,8 +5,11 @@ for stage:  reset optimizer -> for epoch: train_epoch -> validate -> save_checkp
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterable
+from contextlib import ExitStack
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -19,20 +22,41 @@ from coconut.data.collate import MultimodalCollator
 from coconut.data.encode import SampleEncoder
 from coconut.data.stage_text import build_prompt_template
 from coconut.evaluation.flops import training_flops
-from coconut.evaluation.score import exact_match, extract_answer
 from coconut.model import MultimodalCoconut
-from coconut.training.checkpoint import CheckpointFolder, load_checkpoint, sync_folder
+from coconut.training.checkpoint import (
+    CheckpointFolder,
+    load_checkpoint,
+    locked_run,
+    read_checkpoint,
+    replace_folder,
+    set_aside,
+)
 from coconut.training.engine import build_engine, gathered_state_dict, is_owned, reset_optimizer, set_learning_rate
 from coconut.training.inputs import TrainingInputs
 from coconut.training.metrics import MetricsWriter, Totals, progress_line
 from coconut.training.stages import StageManager
 from coconut.training.state import TrainState
-from coconut.types import IGNORE_INDEX, Batch, ConfigError
-from coconut.utils.distributed import all_reduce_sum, barrier, get_world_size, is_main_process
+from coconut.training.validation import as_batch, to_device, validate
+from coconut.types import Batch, ConfigError
+from coconut.utils.distributed import (
+    all_reduce_sum,
+    barrier,
+    get_world_size,
+    init_distributed_training,
+    is_main_process,
+    on_main_first,
+)
 from coconut.utils.logging import get_logger
 from coconut.utils.seed import set_seed
 
 logger = get_logger(__name__)
+
+#: What a run keeps from its first step to its last; a checkpoint written with other values is of another run.
+FIXED_SETTINGS = (
+    "seed", "method", "c_thought", "max_latent_stage", "pad_latent_to_max", "model_id", "load_model_path",
+    "train_data_path", "max_train_samples", "samples_per_epoch", "image_size", "max_num_patches", "use_thumbnail",
+    "dynamic_preprocess", "prompt_format", "bf16", "fp16",
+)  # fmt: skip
 
 
 class MultimodalCoTTrainer:
@@ -60,17 +84,27 @@ class MultimodalCoTTrainer:
         encoder = SampleEncoder(tokenizer, image_processor, template, model.tokens_per_patch, config.max_length)
         self.collator = MultimodalCollator(tokenizer, image_processor, model.latent_token_id, config.pad_to_multiple_of)
         self.inputs = TrainingInputs(config, encoder, self.collator, self.stages, model.latent_ids)
-        self.checkpoints = CheckpointFolder(self.run_dir / "checkpoints", config.max_checkpoints)
+        self.settings = {name: getattr(config, name) for name in FIXED_SETTINGS}
+        self.checkpoints = CheckpointFolder(self.run_dir / "checkpoints", config.max_checkpoints, self.settings)
         self.metrics = MetricsWriter(self.run_dir)
         self.state = TrainState()
         self.geometry = batch_geometry(config, get_world_size())
+        self._locks = ExitStack()  # held as long as the trainer lives
 
     @cached_property
     def engine(self) -> Any:
         """The DeepSpeed engine; built at its first use, resumed from the run folder's newest checkpoint."""
         set_seed(self.config.seed)
+        init_distributed_training(force=True)
+        on_main_first(lambda: self._locks.enter_context(locked_run(self.run_dir)))
+        start = on_main_first(self._where_to_go_on)
         engine = build_engine(self.model, self.config, self.run_dir)
-        self._resume(engine)
+        if start is not None:
+            folder, self.state = start
+            load_checkpoint(engine, folder)
+        self.state.samples_per_step = self.geometry.samples
+        if is_main_process():
+            self.config.save(self.run_dir / "config.yaml")
         return engine
 
     # -- the run --
@@ -78,7 +112,7 @@ class MultimodalCoTTrainer:
     def train(self) -> None:
         """Train every stage that is not done yet, then score the test data once."""
         engine = self.engine
-        if (self._out_of_budget() or self._all_stages_done()) and (self.run_dir / "final").exists():
+        if (self._out_of_budget() or self._all_stages_done()) and on_main_first(self._final_step) == self.state.step:
             logger.info("nothing is left to do in %s; choose another name, or resume=none to start again", self.run_dir)
             return
         logger.info("%d ranks, stages %s, %s", get_world_size(), self.stages.stages, type(engine.optimizer).__name__)
@@ -108,8 +142,10 @@ class MultimodalCoTTrainer:
             state.stage_epoch, state.epoch, state.epoch_step = state.stage_epoch + 1, state.epoch + 1, 0
             metrics = self._validate_stage(stage, settings.advance_at)
             state.stage_done = state.stage_done or state.stage_epoch >= settings.epochs
-            improved = metrics.get("improved", 0.0) == 1.0 or not self.config.save_only_improve
-            if not state.stage_done and improved and state.stage_epoch % self.config.save_every_n_epochs == 0:
+            is_due = state.stage_epoch % self.config.save_every_n_epochs == 0
+            if self.config.save_only_improve:
+                is_due = metrics.get("improved", 0.0) == 1.0
+            if is_due and not state.stage_done:
                 self.save_checkpoint(state.epoch, metrics)
         if state.stage_done:
             self.metrics.write("stage", **self._position(), **self.stages.get_stage_config(stage))
@@ -169,16 +205,21 @@ class MultimodalCoTTrainer:
         steps = len(dataloader.plan) if hasattr(dataloader, "plan") else None
         whole, window = Totals(), Totals()
         position = self.state.epoch_step
-        batches = (_as_batch(item) for item in dataloader)
+        batches = (as_batch(item) for item in dataloader)
+        save_every = self.config.save_every_n_steps
+        begin = time.perf_counter()
         while not self._out_of_budget():
             micro_batches = list(islice(batches, accumulation))
             if not self._train_step(micro_batches, accumulation, whole, window):
                 break
+            self.state.seconds += time.perf_counter() - begin
             at_end = steps is not None and self.state.epoch_step == steps
             if self.state.step % self.config.log_every_n_steps == 0 or at_end:
                 self._log_training(window, epoch, steps)
                 window = Totals()
-        self.state.seconds += whole.seconds
+            if save_every is not None and self.state.step % save_every == 0 and not at_end:
+                self.save_checkpoint(epoch, {})
+            begin = time.perf_counter()
         if steps is None:  # somebody else's data: no place in a plan of ours
             self.state.epoch_step = position
         loss_sum = all_reduce_sum([whole.loss_sum])[0]
@@ -210,11 +251,13 @@ class MultimodalCoTTrainer:
         warm = min(1.0, (state.steps_since_reset + 1) / max(settings.warmup_steps, 1))
         set_learning_rate(engine, settings.learning_rate * warm)
         # Draws such as dropout depend on the step alone, so that a resumed run repeats them.
-        torch.manual_seed(self.config.seed * 1_000_003 + state.step)
+        torch.manual_seed((self.config.seed * 1_000_003 + state.step) % 2**63)
         loss_sum = 0.0
         for batch in micro_batches:
             # The engine averages over ranks: the sum over all label tokens of the step, divided by their number.
-            output = engine(**self._to_device(batch), loss_only=True, num_items_in_batch=max(n_labels, 1) / world)
+            output = engine(
+                **to_device(batch, self.model.device), loss_only=True, num_items_in_batch=max(n_labels, 1) / world
+            )
             engine.backward(output.loss, scale_wrt_gas=False)
             engine.step()
             loss_sum += float(output.loss.detach()) * max(n_labels, 1) / world
@@ -243,7 +286,6 @@ class MultimodalCoTTrainer:
 
     # -- validation --
 
-    @torch.no_grad()
     def validate(self, dataloader: Iterable[Any]) -> dict[str, float]:
         """Loss by teacher forcing, accuracy by greedy generation, over all ranks.
 
@@ -255,46 +297,9 @@ class MultimodalCoTTrainer:
         """
         engine = self.engine
         engine.eval()
-        sums = [0.0] * 5  # loss, label tokens, right answers, whole matches, samples
-        for batch in in_lockstep((_as_batch(item) for item in dataloader), self.collator):
-            tensors = self._to_device(batch)
-            loss = self.model(**tensors, loss_only=True, num_items_in_batch=1.0).loss
-            n_right, n_whole = self._generate_and_score(batch, tensors)
-            for i, value in enumerate((float(loss), batch.n_label_tokens, n_right, n_whole, len(batch.keys))):
-                sums[i] += value
-        loss_sum, labels, right, whole, samples = all_reduce_sum(sums)
+        metrics = validate(self.model, dataloader, self.tokenizer, self.collator, self.config.max_new_tokens)
         engine.train()
-        return {
-            "loss": loss_sum / max(labels, 1),
-            "accuracy": right / max(samples, 1),
-            "full_match": whole / max(samples, 1),
-            "samples": samples,
-        }
-
-    def _generate_and_score(self, batch: Batch, tensors: dict[str, Any]) -> tuple[int, int]:
-        """Answer the prompts of a batch; returns right answers and whole matches."""
-        prompt_mask = tensors["attention_mask"] * ((tensors["labels"] != IGNORE_INDEX).cumsum(1) == 0)
-        ids = self.model.generate(
-            input_ids=tensors["input_ids"],
-            attention_mask=prompt_mask,
-            pixel_values=tensors.get("pixel_values"),
-            num_patches=tensors.get("num_patches"),
-            wrap_prompt=False,
-            do_sample=False,
-            max_new_tokens=self.config.max_new_tokens,
-        )
-        right = whole = 0
-        for row in range(len(batch.keys)):
-            labels = batch.tensors["labels"][row]
-            target = self._text(labels[labels != IGNORE_INDEX].tolist())
-            said = self._text(ids[row].tolist())
-            whole += said == target
-            right += exact_match(extract_answer(said), extract_answer(target) or target)
-        return right, whole
-
-    def _text(self, ids: list[int]) -> str:
-        eos = self.model.eos_token_id
-        return self.tokenizer.decode(ids[: ids.index(eos)] if eos in ids else ids).strip()
+        return metrics
 
     # -- saving --
 
@@ -320,32 +325,38 @@ class MultimodalCoTTrainer:
             self.tokenizer.save_pretrained(partial)
             if self.image_processor is not None:
                 self.image_processor.save_pretrained(partial)
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
-            sync_folder(self.run_dir)
+            replace_folder(partial, final)
         barrier()
 
-    def _resume(self, engine: Any) -> None:
-        """Set up a new state, or the one of the newest checkpoint when `resume` says so."""
-        self.state.samples_per_step, self.state.slots = self.geometry.samples, self.geometry.slots
+    def _where_to_go_on(self) -> tuple[Path, TrainState] | None:
+        """The checkpoint that `resume` asks for; None to start anew. What would be in the way is moved, not deleted."""
         choice = self.config.resume
-        folder = None
-        if choice == "auto":
-            folder = self.checkpoints.newest()
-        elif choice != "none":
-            folder = Path(choice)
+        folder = self.checkpoints.newest() if choice == "auto" else None if choice == "none" else Path(choice)
         if folder is None:
-            self.metrics.rewind(-1)
-            return
-        self.state = load_checkpoint(engine, folder)
-        if self.state.samples_per_step != self.geometry.samples:
+            old = set_aside(self.run_dir, ("checkpoints", "stage_*", "final", "metrics.jsonl"))
+            if old is not None:
+                logger.info("what an earlier run left in %s is now in %s", self.run_dir, old)
+            return None
+        state = read_checkpoint(folder, self.settings)
+        if state.samples_per_step != self.geometry.samples:
             raise ConfigError(
-                f"{folder} was written with {self.state.samples_per_step} samples an optimizer step, this run asks for "
-                f"{self.geometry.samples}; set global_batch_size={self.state.samples_per_step}, or start anew with "
+                f"{folder} was written with {state.samples_per_step} samples an optimizer step, this run asks for "
+                f"{self.geometry.samples}; set global_batch_size={state.samples_per_step}, or start anew with "
                 "resume=none"
             )
-        self.metrics.rewind(self.state.step)
-        logger.info("going on from %s: stage %d, step %d", folder, self.state.stage, self.state.step)
+        newer = [other.name for other in self.checkpoints.complete() if other.name > folder.name]
+        set_aside(self.checkpoints.folder, newer)  # else the next start would take them for the newest
+        self.metrics.rewind(state.step)
+        logger.info("going on from %s: stage %d, step %d", folder, state.stage, state.step)
+        return folder, state
+
+    def _final_step(self) -> int:
+        """Optimizer steps of the model in RUN/final; -1 when there is none."""
+        path = self.run_dir / "final" / "coconut.json"
+        try:
+            return int(json.loads(path.read_text())["metadata"]["state"]["step"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return -1
 
     # -- saying what happens --
 
@@ -393,31 +404,3 @@ class MultimodalCoTTrainer:
             100 * metrics["full_match"],
             metrics["samples"],
         )
-
-    def _to_device(self, batch: Batch) -> dict[str, Any]:
-        device = self.model.device
-        return {
-            name: t.to(device, non_blocking=True) if isinstance(t, torch.Tensor) else t
-            for name, t in batch.tensors.items()
-        }
-
-
-def _as_batch(item: Any) -> Batch:
-    """A `Batch` as it is; a collator's dictionary with its labels counted."""
-    if isinstance(item, Batch):
-        return item
-    return Batch(
-        tensors=item,
-        keys=tuple(str(row) for row in range(item["input_ids"].shape[0])),
-        n_label_tokens=int((item["labels"][:, 1:] != IGNORE_INDEX).sum()),
-        n_tokens=int(item["attention_mask"].sum()),
-    )
-
-
-def in_lockstep(batches: Iterator[Batch], collator: MultimodalCollator) -> Iterator[Batch]:
-    """Go on with inert batches until every rank is through, so that all make the same calls."""
-    while True:
-        batch = next(batches, None)
-        if all_reduce_sum([float(batch is not None)])[0] == 0:
-            return
-        yield collator.collate_batch(()) if batch is None else batch

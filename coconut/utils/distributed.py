@@ -10,11 +10,12 @@ from __future__ import annotations
 import os
 import socket
 import sysconfig
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from coconut.types import ConfigError
+from coconut.types import CoconutError, ConfigError
 
 if TYPE_CHECKING:
     import torch
@@ -85,11 +86,11 @@ def prepare_native_builds() -> None:
 
 
 def shutdown_distributed() -> None:
-    """Leaves the process group; without one, does nothing."""
+    """Leaves the process group, so that another may be joined; without one, does nothing."""
     if _has_group():
-        import torch.distributed as dist
+        import deepspeed
 
-        dist.destroy_process_group()
+        deepspeed.comm.destroy_process_group()  # torch's own would leave the dead groups in DeepSpeed's memory
 
 
 def get_rank() -> int:
@@ -157,6 +158,23 @@ def all_gather_object(obj: T) -> list[T]:
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, obj)
     return gathered
+
+
+def on_main_first(action: Callable[[], T]) -> T:
+    """The main process's result of `action`, on every rank; its CoconutError is raised on every rank.
+
+    For what one process has to do or decide for all: files are seen late on shared disks, and not at all on others.
+    """
+    result: tuple[T | None, CoconutError | None] = (None, None)
+    if is_main_process():
+        try:
+            result = (action(), None)
+        except CoconutError as error:
+            result = (None, error)
+    value, fault = all_gather_object(result)[0]
+    if fault is not None:
+        raise fault
+    return value  # type: ignore[return-value]
 
 
 def _all_reduce(values: list[float], operation: str) -> list[float]:

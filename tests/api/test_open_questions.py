@@ -195,7 +195,7 @@ def test_a_wrapped_question_is_opened_once_whatever_its_tokenizer_adds():
     model = MultimodalCoconut(build_tiny_causal("llama", tokenizer), latent, start, end, tokenizer.eos_token_id)
     model.prompt_template, model.stage_spec = build_prompt_template(tokenizer, "plain"), stage_spec(1, c_thought=1)
     question = tokenizer.encode("red red", return_tensors="pt")
-    wrapped, _ = wrap_questions(model, question, torch.ones_like(question), None, None, None, None, None)
+    wrapped, _ = wrap_questions(model, question, torch.ones_like(question), [0], None, None)
     red, line = tokenizer.convert_tokens_to_ids(["red", "\n"])
     assert wrapped[0].tolist() == [opening, red, red, line, start, latent, end]
 

@@ -94,6 +94,19 @@ def test_a_stopped_run_goes_on_with_the_same_losses(home: Path, unbroken: list[d
     assert [row["step"] for row in rows if row["kind"] == "train"] == list(range(1, 21))
 
 
+def test_another_configuration_does_not_go_on_and_none_starts_anew(home: Path, unbroken: list[dict]) -> None:
+    rows = train(home, "again", "max_steps=3", ranks=1)
+    with pytest.raises(AssertionError, match="is of another run: seed was 42 and is 7"):
+        train(home, "again", "max_steps=4", "seed=7", ranks=1)
+    other = train(home, "again", "max_steps=2", "seed=7", "resume=none", "save_every_n_steps=1", ranks=1)
+    folder = home / "runs" / "again"
+    assert losses(other) != losses(rows)[:2]
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-00000001", "step-00000002"]
+    kept = [json.loads(line) for line in (folder / "old-1" / "metrics.jsonl").read_text().splitlines()]
+    assert losses(kept) == losses(rows)
+    assert (folder / "old-1" / "checkpoints" / "step-00000003" / "state.json").is_file()
+
+
 def test_torchrun_and_plain_python(home: Path, unbroken: list[dict]) -> None:
     for name, command in (
         ("torchrun", [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]),

@@ -133,6 +133,21 @@ def test_raw_questions_are_wrapped(model: MultimodalCoconut) -> None:
     model.prompt_template = model.stage_spec = None
 
 
+def test_rows_flagged_as_without_image_lose_their_tiles(model: MultimodalCoconut) -> None:
+    """Five-dimensional pixels give every row tiles; a flag of 0 says that a row's are placeholders."""
+    model.prompt_template = PromptTemplate((), (7,), (8,), IMAGE, (9,))
+    generator = torch.Generator().manual_seed(1)
+    tiles = torch.randint(0, 256, (2, 2, 3, TILE, TILE), generator=generator, dtype=torch.uint8)
+    questions = torch.randint(10, 90, (2, 4), generator=generator)
+    flags, real = torch.tensor([[0], [1]]), torch.tensor([2, 1])
+    settings = {"do_sample": False, "max_new_tokens": STEPS}
+    both = model.generate(pixel_values=tiles, input_ids=questions, image_flags=flags, num_patches=real, **settings)
+    text = model.generate(input_ids=questions[:1], wrap_prompt=True, **settings)
+    image = model.generate(pixel_values=tiles[1:, :1], input_ids=questions[1:], **settings)
+    assert [until_eos(row) for row in both] == [until_eos(text[0]), until_eos(image[0])]
+    model.prompt_template = None
+
+
 def test_defaults_and_their_order(model: MultimodalCoconut, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = {}
 

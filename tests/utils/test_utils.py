@@ -70,20 +70,44 @@ assert get_rank() == rank
 """
 
 
-@pytest.mark.distributed
-@pytest.mark.parametrize("world", [1, 2])
-def test_groups(tmp_path: Path, project: Path, world: int) -> None:
-    script = tmp_path / "worker.py"
-    script.write_text(WORKER.format(force="force=True" if world == 1 else "", world=world))
-    launcher = [] if world == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
+AGAIN = """
+import deepspeed, torch
+from coconut.utils.distributed import *
+from coconut.utils.distributed import shutdown_distributed
+for _ in range(2):
+    init_distributed_training(force=True)
+    model = torch.nn.Linear(4, 1)
+    settings = {"train_batch_size": 1, "optimizer": {"type": "AdamW", "params": {"torch_adam": True}}}
+    engine, *_ = deepspeed.initialize(model=model, config=settings)
+    engine.backward(engine(torch.ones(1, 4)).sum())
+    engine.step()
+    shutdown_distributed()
+"""
+
+
+def run_python(*arguments: str, project: Path) -> None:
     done = subprocess.run(
-        [sys.executable, *launcher, str(script)],
+        [sys.executable, *arguments],
         env=os.environ | {"PYTHONPATH": str(project)},
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.distributed
+def test_a_group_may_follow_another(project: Path) -> None:
+    run_python("-c", AGAIN, project=project)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("world", [1, 2])
+def test_groups(tmp_path: Path, project: Path, world: int) -> None:
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER.format(force="force=True" if world == 1 else "", world=world))
+    launcher = [] if world == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
+    run_python(*launcher, str(script), project=project)
 
 
 class TestLogging:
