@@ -71,6 +71,14 @@ class Demo:
         self.no_cot = {rate: out / f"no_cot_lr{rate:g}" for rate in no_cot_rates}
         self.times_file = out / "demo_times.json"
 
+    def claim_folder(self) -> None:
+        """What is complete is taken over, so a folder belongs to one seed, at one length."""
+        marker, ours = self.out / "demo.json", {"seed": self.seed, "quick": self.quick}
+        if marker.exists() and (found := json.loads(marker.read_text())) != ours:
+            raise PartError(f"{self.out} holds a demo with {found}, not {ours}: give another --out")
+        self.out.mkdir(parents=True, exist_ok=True)
+        marker.write_text(json.dumps(ours) + "\n")
+
     def make_data(self) -> None:
         with self._timed("data"):
             self._run(
@@ -237,8 +245,9 @@ def main(argv: list[str] | None = None) -> int:
     n_gpus = count_gpus()
     ranks = arguments.ranks or n_gpus or CPU_RANKS
     demo = Demo(out, arguments.seed, arguments.quick, arguments.no_cot_lr, n_gpus, ranks)
-    demo.add_time("set-up", arguments.setup_seconds)
     try:
+        demo.claim_folder()
+        demo.add_time("set-up", arguments.setup_seconds)
         demo.make_data()
         demo.train_coconut()
         demo.train_no_cot()

@@ -77,8 +77,7 @@ install_project() { # install_project [dev]
     say "uv could not install the project; trying pip"
   fi
   "$VENV/bin/python" -m pip --version >/dev/null 2>&1 || "$VENV/bin/python" -m ensurepip --upgrade >/dev/null
-  # PYTHONWARNINGS: setuptools explains editable installations at length.
-  local pip=(env PYTHONWARNINGS=ignore "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check)
+  local pip=("$VENV/bin/python" -m pip install --quiet --disable-pip-version-check)
   "${pip[@]}" --upgrade pip || true # an old one builds packages in ways that are going away
   PYTHONWARNINGS=ignore "${pip[@]}" -e "$what"
 }

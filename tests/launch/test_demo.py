@@ -132,3 +132,12 @@ def test_a_command_that_fails_is_an_error(script, tmp_path, monkeypatch):
     demo = script.Demo(tmp_path, 0, False, [1e-3], 0, 2)
     with pytest.raises(script.PartError, match="ended with 2"):
         demo._run("launch/prepare_data.py", "no-such-data-set")
+
+
+def test_a_folder_belongs_to_one_seed_at_one_length(start, capsys):
+    start("--quick")
+    assert start("--quick")[0] == 0
+    for arguments in (["--quick", "--seed", "1"], []):
+        status, commands = start(*arguments)
+        assert status == 1 and not commands
+        assert "give another --out" in capsys.readouterr().err
