@@ -18,10 +18,11 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from coconut.model import loading
 from coconut.model.backbone import normalise_pixels, wrap_backbone
-from coconut.model.generate import generation_settings, left_pad, tiles_a_row, wrap_questions
+from coconut.model.generate import generation_settings, left_pad, wrap_questions
 from coconut.model.loss import label_loss, label_positions, n_chunks
 from coconut.model.multipass import PassOutput, ThoughtTransform, checkpoint_layers, run_passes
 from coconut.model.spans import cut_into_passes, latent_columns
+from coconut.model.tiles import flatten_tiles, real_tiles, tiles_a_row
 from coconut.types import ConfigError, DataError, PromptTemplate, StageSpec
 from coconut.utils.distributed import all_reduce_max, get_world_size
 
@@ -200,7 +201,7 @@ class MultimodalCoconut(nn.Module):
             attention_mask,
             columns,
             position_ids=position_ids,
-            pixel_values=_real_tiles(pixel_values, num_patches, image_flags),
+            pixel_values=real_tiles(pixel_values, num_patches, image_flags),
             visual_features=visual_features,
             chunks=chunks,
             output_hidden_states=bool(output_hidden_states),
@@ -352,7 +353,7 @@ class MultimodalCoconut(nn.Module):
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(self.device)
         tiles_B = tiles_a_row(pixel_values, visual_features, num_patches, image_flags, input_ids.shape[0])
         input_ids, mask = wrap_questions(self, input_ids, mask, tiles_B, n_latents, wrap_prompt)
-        pixel_values = _real_tiles(pixel_values, num_patches, image_flags)
+        pixel_values = real_tiles(pixel_values, num_patches, image_flags)
         input_ids, mask = left_pad(input_ids, mask)
         if bool((input_ids[:, -1] == self.latent_token_id).any()):
             raise DataError("a prompt ends with a latent token; end the span with <|end-latent|>")
@@ -389,39 +390,6 @@ class MultimodalCoconut(nn.Module):
         )
         self.train(was_training)
         return ids[:, input_ids.shape[1] :]
-
-
-def flatten_tiles(pixel_values: Tensor, num_patches: Tensor | None) -> Tensor:
-    """[B, patches, 3, height, width] -> [P, 3, height, width], padding tiles dropped; four dimensions pass through.
-
-    Raises:
-        DataError: neither four nor five dimensions.
-    """
-    if pixel_values.dim() == 4:
-        return pixel_values
-    if pixel_values.dim() != 5:
-        raise DataError(
-            f"pixel_values have {pixel_values.dim()} dimensions, shape {tuple(pixel_values.shape)}; give "
-            "[patches, 3, height, width] or [batch, patches, 3, height, width]"
-        )
-    if num_patches is None:
-        return pixel_values.flatten(0, 1)
-    real_BP = (
-        torch.arange(pixel_values.shape[1], device=pixel_values.device) < num_patches.to(pixel_values.device)[:, None]
-    )
-    return pixel_values[real_BP]
-
-
-def _real_tiles(pixel_values: Tensor | None, num_patches: Tensor | None, image_flags: Tensor | None) -> Tensor | None:
-    """[P, 3, height, width] without padding tiles and without those of rows whose flag is 0; None when none is left."""
-    if pixel_values is None or pixel_values.dim() == 4:
-        return pixel_values  # a flat list of tiles holds no placeholder
-    if image_flags is not None:
-        if num_patches is None:
-            num_patches = torch.full(pixel_values.shape[:1], pixel_values.shape[1])
-        num_patches = num_patches * image_flags.flatten().to(num_patches.device)
-    tiles_PCHW = flatten_tiles(pixel_values, num_patches)
-    return tiles_PCHW if len(tiles_PCHW) else None
 
 
 def _stack_thoughts(output: PassOutput, hidden_BLH: Tensor) -> Tensor:

@@ -109,26 +109,3 @@ def _has_prefix(input_ids: Tensor, mask: Tensor, template: PromptTemplate) -> bo
     prefix = list(template.prefix)
     rows = (ids[kept.bool()].tolist() for ids, kept in zip(input_ids, mask, strict=True))
     return len(prefix) > 1 and all(row[: len(prefix)] == prefix for row in rows)
-
-
-def tiles_a_row(
-    pixel_values: Tensor | None,
-    visual_features: Tensor | None,
-    num_patches: Tensor | None,
-    image_flags: Tensor | None,
-    rows: int,
-) -> list[int] | None:
-    """Image tiles of each row; None when several rows share tiles and nothing says which are whose."""
-    tiles = pixel_values if pixel_values is not None else visual_features
-    if tiles is None:
-        return [0] * rows
-    if num_patches is not None:
-        counts = [int(n) for n in num_patches]
-    elif pixel_values is not None and pixel_values.dim() == 5:
-        counts = [pixel_values.shape[1]] * rows
-    elif rows == 1:
-        counts = [tiles.shape[0]]
-    else:
-        return None
-    flags = [1] * rows if image_flags is None else image_flags.flatten().tolist()
-    return [count if flag else 0 for count, flag in zip(counts, flags, strict=True)]

@@ -84,6 +84,11 @@ class StageManager:
     @classmethod
     def from_config(cls, config: Any) -> StageManager:
         """The curriculum that a run configuration describes."""
+        names = ("epochs", "learning_rate", "warmup_steps", "uniform_prob", "advance_at")
+        overrides = {
+            stage: {name: config.stage_setting(stage, name) for name in names}
+            for stage in range(config.max_latent_stage + 1)
+        }
         return cls(
             config.max_latent_stage,
             config.epochs_per_stage,
@@ -95,7 +100,7 @@ class StageManager:
             uniform_prob=config.uniform_prob,
             advance_at=config.advance_at,
             num_epochs=config.num_epochs,
-            overrides=config.stages,
+            overrides=overrides,
         )
 
     @property
