@@ -57,8 +57,9 @@ def open_split(config: Any, key: str, encoder: SampleEncoder, limit: int | None 
     num_patches = processor.num_patches if processor is not None else lambda width, height: 0
     costs_N = reader.costs(num_patches, encoder.tokens_per_patch)[:limit]
     if len(costs_N) < get_world_size():
+        count = f"{len(costs_N)} sample{'' if len(costs_N) == 1 else 's'}"
         raise ConfigError(
-            f"{key}: {path} holds {len(costs_N)} sample(s), fewer than the {get_world_size()} ranks of this run; "
+            f"{key}: {path} holds {count}, fewer than the {get_world_size()} ranks of this run; "
             "give more data or start fewer ranks"
         )
     return Split(reader, costs_N)

@@ -306,7 +306,7 @@ def test_two_ranks_and_one_sample(project, folder, arguments):
     launcher += ("--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0")
     done = run_train(project, *arguments, f"train_data_path={path}", launcher=launcher)
     assert done.returncode != 0
-    expected = f"error: train_data_path: {path} holds 1 samples, fewer than the 2 ranks of this run"
+    expected = f"error: train_data_path: {path} holds 1 sample, fewer than the 2 ranks of this run"
     said = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert len(said) == 1 and said[0].startswith(expected)
     # torchrun adds a report of its own, with a traceback of its own; none comes from a rank.
