@@ -71,6 +71,20 @@ class Schema(BaseModel):
     latent_init_token: Text | None = Field(
         None, description="token whose embedding the three new tokens start from; null = the line break"
     )
+    latent_feedback: Literal["hidden", "normed", "projector"] = Field(
+        "hidden",
+        description="what is fed back as a thought: the hidden state (the paper), the same at the norm of an embedding, "
+        "or that plus a small trained network of it",
+    )
+    latent_passes: Literal["sequential", "jacobi"] = Field(
+        "sequential",
+        description="sequential: thoughts one after the other (the paper); jacobi: all of a span together, several times",
+    )
+    jacobi_iterations: Int = Field(3, ge=1, le=1000, description="passes over the thoughts with latent_passes jacobi")
+    auxiliary_losses: dict[Text, Float] = Field(
+        default_factory=dict,
+        description='losses on the thoughts, "package.module:name" -> weight (see coconut/model/auxiliary.py)',
+    )
     bf16: bool = Field(False, description="weights and activations in bfloat16, with float32 master weights")
     fp16: bool = Field(False, description="weights and activations in float16, with loss scaling; not with bf16")
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward: memory for time")

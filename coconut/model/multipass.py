@@ -14,7 +14,7 @@ Shapes: B rows, L columns, H hidden size, K latent columns, q columns of one pas
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,8 +22,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from coconut.model.spans import Segment
+
 #: Replaces a thought before it is fed back: (thought [B, 1, H], index of the latent column) -> [B, 1, H].
 ThoughtTransform = Callable[[Tensor, int], Tensor]
+
+#: Makes the embeddings that are fed back of hidden states, column by column: [B, q, H] -> [B, q, H].
+Feedback = Callable[[Tensor], Tensor]
 
 Part = tuple[Tensor, Tensor]  # keys and values [B, kv_heads, q, head_dim] of one pass
 
@@ -62,9 +67,10 @@ class PassCache:
     def __init__(self, n_layers: int) -> None:
         self.parts: list[list[Part]] = [[] for _ in range(n_layers)]
 
-    def view(self, pass_index: int) -> Cache:
-        """The cache that the decoder is given in pass `pass_index`."""
-        return Cache(layers=[_PartLayer(parts, pass_index) for parts in self.parts])
+    def view(self, pass_index: int, keep: bool = True) -> Cache:
+        """The cache that the decoder is given in pass `pass_index`; without `keep` its own parts are not stored."""
+        layers = [_PartLayer(parts if keep else parts[:pass_index], pass_index) for parts in self.parts]
+        return Cache(layers=layers)
 
     def to_dynamic(self, config: object) -> DynamicCache:
         """An ordinary transformers cache with the same content."""
@@ -79,21 +85,22 @@ class PassOutput:
     """What the loop returns; sequences at full length, as if the decoder had run once."""
 
     hidden_BLH: Tensor  # after the final norm
-    thoughts: list[Tensor] = field(default_factory=list)  # [B, 1, H] each, one a latent column
-    cache: PassCache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None  # per layer [B, L, H]
-    attentions: tuple[Tensor, ...] | None = None  # per layer [B, heads, L, L]
+    thoughts_BKH: Tensor  # what was fed back, one column a latent column
+    cache: PassCache
+    hidden_states: tuple[Tensor, ...] = ()  # per layer [B, L, H]
+    attentions: tuple[Tensor, ...] = ()  # per layer [B, heads, L, L]
 
 
 def run_passes(
-    decoder: Any,
+    decoder: Callable[..., Any],
     embeds_BLH: Tensor,
     attention_mask_BL: Tensor,
     position_ids: Tensor,
-    segments: Sequence[tuple[int, int]],
+    segments: Sequence[Segment],
     is_latent_BL: Tensor,
+    cache: PassCache,
     *,
-    latent_columns: Sequence[int] = (),
+    feedback: Feedback | None = None,
     thought_transform: ThoughtTransform | None = None,
     output_hidden_states: bool = False,
     output_attentions: bool = False,
@@ -102,35 +109,63 @@ def run_passes(
 
     Args:
         decoder: a transformers decoder without head; returns ``last_hidden_state`` after its final norm.
-        embeds_BLH: input embeddings; those at latent positions are ignored.
+        embeds_BLH: input embeddings; at latent positions they are used only as the first guess of latents that are
+            computed together (`Segment.iterations`).
         attention_mask_BL: 1 for tokens, 0 for padding.
         position_ids: [B, L], or [axes, B, L] for multi-axis rotary embeddings.
-        segments: consecutive [start, end) column ranges (`spans.cut_into_passes`).
+        segments: from `spans.cut_into_passes`.
         is_latent_BL: which positions are latents.
-        latent_columns: the segment starts at which hidden states are fed back.
+        cache: an empty one; holds the keys and values of all columns afterwards.
+        feedback: maps the hidden states [B, q, H] to the embeddings that continue them; None feeds them back as they
+            are (the paper).
         thought_transform: replaces the thoughts; for experiments on what they carry.
     """
-    cache = PassCache(decoder.config.num_hidden_layers)
-    latent_index = {column: k for k, column in enumerate(latent_columns)}
     hidden: list[Tensor] = []
     thoughts: list[Tensor] = []
     states: list[tuple[Tensor, ...]] = []
     attentions: list[tuple[Tensor, ...]] = []
-    for pass_index, (start, end) in enumerate(segments):
-        embeds_BqH = embeds_BLH[:, start:end]
-        if start in latent_index:
-            thought_B1H = hidden[-1][:, -1:]
-            if thought_transform is not None:
-                thought_B1H = thought_transform(thought_B1H, latent_index[start])
-            thoughts.append(thought_B1H)
-            first_B1H = torch.where(is_latent_BL[:, start, None, None], thought_B1H, embeds_BqH[:, :1])
-            embeds_BqH = torch.cat([first_B1H, embeds_BqH[:, 1:]], dim=1)
-        out = decoder(
+
+    def call(embeds_BqH: Tensor, start: int, index: int, keep: bool, **options: bool) -> Any:
+        end = start + embeds_BqH.shape[1]
+        return decoder(
             inputs_embeds=embeds_BqH,
             attention_mask=attention_mask_BL[:, :end],
             position_ids=position_ids[..., start:end],
-            past_key_values=cache.view(pass_index),
+            past_key_values=cache.view(index, keep),
             use_cache=True,
+            **options,
+        )
+
+    def fed_back(hidden_BqH: Tensor) -> Tensor:
+        """The embeddings of the next latents, given the hidden states of the columns before them."""
+        thought_BqH = hidden_BqH if feedback is None else feedback(hidden_BqH)
+        if thought_transform is None or not segment.n_latents:
+            return thought_BqH
+        first = sum(thought.shape[1] for thought in thoughts)
+        columns = [thought_transform(thought_BqH[:, i : i + 1], first + i) for i in range(thought_BqH.shape[1])]
+        return torch.cat(columns, dim=1)
+
+    for index, segment in enumerate(segments):
+        embeds_BqH = embeds_BLH[:, segment.start : segment.end]
+        if index:  # at a cut without a latent too, so that all ranks call the feedback equally often
+            n = max(segment.n_latents, 1)
+            is_latent_Bn1 = is_latent_BL[:, segment.start : segment.start + n, None]
+            before_B1H = hidden[-1][:, -1:]
+            latents_BnH = torch.where(is_latent_Bn1[:, :1], fed_back(before_B1H), embeds_BqH[:, :1])
+            if n > 1:  # the first guess of all but the first is the latent token's own embedding
+                latents_BnH = torch.cat([latents_BnH, embeds_BqH[:, 1:n]], dim=1)
+            for _ in range(segment.iterations - 1):
+                out = call(latents_BnH, segment.start, index, keep=False)
+                next_BnH = fed_back(torch.cat([before_B1H, out.last_hidden_state[:, :-1]], dim=1))
+                latents_BnH = torch.where(is_latent_Bn1, next_BnH, embeds_BqH[:, :n])
+            if segment.n_latents:
+                thoughts.append(latents_BnH)
+            embeds_BqH = torch.cat([latents_BnH, embeds_BqH[:, n:]], dim=1)
+        out = call(
+            embeds_BqH,
+            segment.start,
+            index,
+            keep=True,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
         )
@@ -141,10 +176,10 @@ def run_passes(
             attentions.append(out.attentions)
     return PassOutput(
         hidden_BLH=torch.cat(hidden, dim=1),
-        thoughts=thoughts,
+        thoughts_BKH=torch.cat(thoughts, dim=1) if thoughts else embeds_BLH[:, :0],
         cache=cache,
-        hidden_states=_join_columns(states) if output_hidden_states else None,
-        attentions=_join_attentions(attentions, embeds_BLH.shape[1]) if output_attentions else None,
+        hidden_states=_join_columns(states) if output_hidden_states else (),
+        attentions=_join_attentions(attentions, embeds_BLH.shape[1]) if output_attentions else (),
     )
 
 

@@ -55,7 +55,8 @@ logger = get_logger(__name__)
 FIXED_SETTINGS = (
     "seed", "method", "c_thought", "max_latent_stage", "pad_latent_to_max", "model_id", "load_model_path",
     "train_data_path", "max_train_samples", "samples_per_epoch", "image_size", "max_num_patches", "use_thumbnail",
-    "dynamic_preprocess", "prompt_format", "bf16", "fp16",
+    "dynamic_preprocess", "prompt_format", "bf16", "fp16", "latent_feedback", "latent_passes", "jacobi_iterations",
+    "auxiliary_losses",
 )  # fmt: skip
 
 
