@@ -73,12 +73,13 @@ class Schema(BaseModel):
     )
     latent_feedback: Literal["hidden", "normed", "projector"] = Field(
         "hidden",
-        description="what is fed back as a thought: the hidden state (the paper), the same at the norm of an embedding, "
-        "or that plus a small trained network of it",
+        description="what is fed back as a thought: the hidden state (the paper), the same at the norm of an "
+        "embedding, or that plus a small trained network of it",
     )
     latent_passes: Literal["sequential", "jacobi"] = Field(
         "sequential",
-        description="sequential: thoughts one after the other (the paper); jacobi: all of a span together, several times",
+        description="sequential: thoughts one after the other (the paper); jacobi: all of a span together, "
+        "jacobi_iterations times",
     )
     jacobi_iterations: Int = Field(3, ge=1, le=1000, description="passes over the thoughts with latent_passes jacobi")
     auxiliary_losses: dict[Text, Float] = Field(

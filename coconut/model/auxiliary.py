@@ -27,8 +27,8 @@ from coconut.types import ConfigError
 class ThoughtContext:
     """What an auxiliary loss may look at; every tensor carries gradients where it has any.
 
-    Every rank calls the loss in every step, also with K = 0 or without an image: it must then return a zero that hangs on
-    its inputs (the sum of an empty selection does).
+    Every rank calls the loss in every step, also with K = 0 or without an image: it must then return a zero that hangs
+    on its inputs (the sum of an empty selection does).
     """
 
     thoughts_BKH: Tensor  # the embeddings that were fed back

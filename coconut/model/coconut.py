@@ -23,9 +23,9 @@ from coconut.model.feedback import build_feedback
 from coconut.model.generate import generation_settings, left_pad, wrap_questions
 from coconut.model.loop import LatentLoop, gathered
 from coconut.model.loss import label_loss, label_positions, n_chunks
-from coconut.model.multipass import PassOutput, ThoughtTransform, checkpoint_layers
+from coconut.model.multipass import CACHE_ARGUMENT, PassOutput, ThoughtTransform, checkpoint_layers
 from coconut.model.spans import count_calls, cut_into_passes, latent_columns
-from coconut.model.tiles import flatten_tiles, real_tiles, tiles_a_row
+from coconut.model.tiles import black_tile, flatten_tiles, insert_images, real_tiles, tiles_a_row
 from coconut.types import ConfigError, DataError, PromptTemplate, StageSpec
 from coconut.utils.distributed import all_reduce_max, get_world_size
 
@@ -227,17 +227,19 @@ class MultimodalCoconut(nn.Module):
             if columns:
                 raise DataError("past_key_values cannot be given together with latent tokens in input_ids")
             if self._text_weights_held and torch.is_grad_enabled():
-                raise ConfigError("past_key_values are for inference; under ZeRO-3 call forward in torch.no_grad() then")
+                raise ConfigError(
+                    "past_key_values are for inference; under ZeRO-3 call forward in torch.no_grad() then"
+                )
             with gathered(self.text_parameters if self._text_weights_held else []):
                 return self.base_model(
                     input_ids=input_ids,
                     attention_mask=attention_mask,
-                    past_key_values=past_key_values,
                     labels=labels,
                     use_cache=use_cache,
                     output_attentions=output_attentions,
                     output_hidden_states=output_hidden_states,
                     return_dict=return_dict is not False,
+                    **{CACHE_ARGUMENT: past_key_values},
                 )
         if output_attentions and self.backbone.text_config._attn_implementation != "eager":
             raise ConfigError(
@@ -305,7 +307,7 @@ class MultimodalCoconut(nn.Module):
         if pixel_values is not None:
             visual_features = self.encode_images(pixel_values)
         elif self.lockstep and self.backbone.tile_size > 0:
-            nothing_0TH = self.encode_images(self._black_tile())[:0]
+            nothing_0TH = self.encode_images(black_tile(self.backbone.tile_size))[:0]
             visual_features = nothing_0TH if visual_features is None else visual_features
         return visual_features, chunks, n_calls
 
@@ -332,13 +334,7 @@ class MultimodalCoconut(nn.Module):
         if position_ids is None:
             position_ids = self.backbone.position_ids(attention_mask)
         embeds_BLH = self.backbone.embed(input_ids)
-        if visual_features is not None:
-            embeds_BLH = self._insert_images(embeds_BLH, input_ids, visual_features)
-        elif n_image_tokens := self._count_image_tokens(input_ids):
-            raise DataError(
-                f"input_ids hold {n_image_tokens} image tokens (id {self.backbone.image_token_id}), but no "
-                "pixel_values or visual_features were given"
-            )
+        embeds_BLH = insert_images(embeds_BLH, input_ids, self.backbone.image_token_id, visual_features)
         output = self.loop.run(
             embeds_BLH,
             attention_mask,
@@ -351,31 +347,6 @@ class MultimodalCoconut(nn.Module):
         )
         output.hidden_BLH = output.hidden_BLH[:, :length]
         return output
-
-    def _black_tile(self) -> Tensor:
-        """What the vision tower is shown when there is no image; its features are cut away, not multiplied by zero.
-
-        So it is in the graph and gets gradients of exactly zero, with no arithmetic that makes NaN of an infinity.
-        """
-        size = self.backbone.tile_size
-        return torch.zeros(1, 3, size, size, dtype=torch.uint8, device=self.device)
-
-    def _count_image_tokens(self, input_ids: Tensor) -> int:
-        return 0 if self.backbone.image_token_id is None else int((input_ids == self.backbone.image_token_id).sum())
-
-    def _insert_images(self, embeds_BLH: Tensor, input_ids: Tensor, features_PTH: Tensor) -> Tensor:
-        """Put visual features where the image tokens are, in order."""
-        features_NH = features_PTH.reshape(-1, features_PTH.shape[-1])
-        n_tokens = self._count_image_tokens(input_ids)
-        if n_tokens != features_NH.shape[0]:
-            raise DataError(
-                f"input_ids hold {n_tokens} image tokens, but {features_PTH.shape[0]} tiles give "
-                f"{features_NH.shape[0]} ({self.tokens_per_patch} a tile); expand one image token a feature, and "
-                "pass num_patches when pixel_values are padded"
-            )
-        is_image_BL = torch.eq(input_ids, self.backbone.image_token_id or -1)
-        rows_columns = is_image_BL.nonzero(as_tuple=True)
-        return embeds_BLH.index_put(rows_columns, features_NH.to(embeds_BLH.dtype))
 
     @torch.no_grad()
     def generate(
@@ -469,7 +440,7 @@ class MultimodalCoconut(nn.Module):
             generation_config=settings,
             # Ranks that decode with partitioned weights must make equally many steps.
             synced_gpus=self.lockstep and get_world_size() > 1 and not self._text_weights_held,
-            past_key_values=cache,
+            **{CACHE_ARGUMENT: cache},
             **extra,
         )
         return ids[:, input_ids.shape[1] :]

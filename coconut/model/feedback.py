@@ -4,9 +4,9 @@
     normed      the hidden state at the length of an ordinary embedding
     projector   the hidden state through a small residual network that is trained along
 
-After its final norm a hidden state of a large model may be ten or a hundred times as long as any embedding it was trained
-on, and people who trained the original on models beyond GPT-2 report collapse; `normed` takes that away without a
-parameter, `projector` lets the model learn the map, from the identity at the norm of the embeddings.
+After its final norm a hidden state of a large model may be far longer than any embedding it was trained on, and people
+who trained the original on models beyond GPT-2 report collapse; `normed` takes that away without a parameter,
+`projector` lets the model learn the map, beginning with `normed`.
 
 Shapes: B rows, q columns, H hidden size.
 """

@@ -7,9 +7,9 @@
 ZeRO-3 fetches weights when a module is called and lets them go afterwards. Called layer by layer, K + 1 passes
 fetch the decoder K + 1 times over, and a K that changes from step to step (ragged data, stage mixing) invalidates the
 record of calls by which DeepSpeed would keep weights for their next use: 1.7 to 6.7 times the weights a step. So where
-the decoder fits, the whole loop is a *leaf* for ZeRO-3: its weights come when the loop begins and go when it ends, in the
-forward and in the backward, whatever K is. The price is that each rank holds the decoder's weights and gradients whole
-meanwhile.
+the decoder fits, the whole loop is a *leaf* for ZeRO-3: its weights come when the loop begins and go when it ends, in
+the forward and in the backward, whatever K is. The price is that each rank holds the decoder's weights and gradients
+whole meanwhile.
 
 The embedding table stays outside: its gradient is complete only after that of the loop's inputs, which is the moment
 at which a leaf lets go.
@@ -42,7 +42,9 @@ class LatentLoop(nn.Module):
 
     def __init__(self, decoder: nn.Module, feedback: nn.Module | None = None) -> None:
         super().__init__()
-        self._borrowed = (decoder,)  # in a tuple, since a module in an attribute would be a child, with its weights twice
+        self._borrowed = (
+            decoder,
+        )  # in a tuple, since a module in an attribute would be a child, with its weights twice
         self.feedback = feedback
         self.iterations: int | None = None
         self._borrowed_parameters: list[tuple[str, nn.Parameter]] = []
@@ -133,7 +135,7 @@ def gathered(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
 
     Every rank must enter and leave together. What is not partitioned stays as it is.
     """
-    partitioned = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    partitioned: list[Any] = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
     if not partitioned:
         yield
         return

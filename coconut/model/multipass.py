@@ -13,6 +13,7 @@ Shapes: B rows, L columns, H hidden size, K latent columns, q columns of one pas
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,9 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import LlamaModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from coconut.model.spans import Segment
+
+#: What transformers calls keys and values among a model's arguments; the second name is that of releases before 5.24.
+CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
 
 #: Replaces a thought before it is fed back: (thought [B, 1, H], index of the latent column) -> [B, 1, H].
 ThoughtTransform = Callable[[Tensor, int], Tensor]
@@ -131,8 +136,8 @@ def run_passes(
             inputs_embeds=embeds_BqH,
             attention_mask=attention_mask_BL[:, :end],
             position_ids=position_ids[..., start:end],
-            past_key_values=cache.view(index, keep),
             use_cache=True,
+            **{CACHE_ARGUMENT: cache.view(index, keep)},
             **options,
         )
 

@@ -1,6 +1,7 @@
 """Two ranks with unequal rows under ZeRO: gradients and updated weights equal one process that sees all rows.
 
-Arguments: ZeRO stage, number of situations, seed, and plain, checkpointed or a fault to make (cut-thoughts, cut-cache).
+Arguments: ZeRO stage, number of situations, seed, and plain, checkpointed, layers (the
+decoder gathered layer by layer) or a fault to make (cut-thoughts, cut-cache).
 Prints one line a situation; ends with "all equal", or, with a fault, with "fault seen".
 """
 
@@ -89,7 +90,11 @@ def main(kind: str, situations: int, seed: int, mode: str) -> None:
     settings = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_clipping": 0.0,
-        "zero_optimization": {"stage": stage, **(REALLY_PARTITIONED if stage == 3 else {}), **LAYERS_FIT[mode == "layers"]},
+        "zero_optimization": {
+            "stage": stage,
+            **(REALLY_PARTITIONED if stage == 3 else {}),
+            **LAYERS_FIT[mode == "layers"],
+        },
         "optimizer": {"type": "SGD", "params": {"lr": LEARNING_RATE}},
     }
     settings["zero_allow_untested_optimizer"] = True

@@ -14,7 +14,7 @@ SITUATIONS = "200" if os.environ.get("COCONUT_FULL_TESTS") else "24"
 
 
 @pytest.mark.parametrize(
-    ("stage", "mode"), [("3", "plain"), ("3", "checkpointed"), ("2", "checkpointed"), ("1", "plain")]
+    ("stage", "mode"), [("3", "plain"), ("3", "checkpointed"), ("3", "layers"), ("2", "checkpointed"), ("1", "plain")]
 )
 def test_random_situations_equal_one_process(stage: str, mode: str) -> None:
     output = run_ranks("tests.distributed.parity_worker", stage, SITUATIONS, "0", mode)
