@@ -42,9 +42,8 @@ class LatentLoop(nn.Module):
 
     def __init__(self, decoder: nn.Module, feedback: nn.Module | None = None) -> None:
         super().__init__()
-        self._borrowed = (
-            decoder,
-        )  # in a tuple, since a module in an attribute would be a child, with its weights twice
+        # In a tuple: a module in an attribute would be a child, and its weights would be saved twice.
+        self._borrowed = (decoder,)
         self.feedback = feedback
         self.iterations: int | None = None
         self._borrowed_parameters: list[tuple[str, nn.Parameter]] = []
