@@ -2,12 +2,14 @@
 
 FOLDER/config.json  model.safetensors  tokenizer ...      what plain transformers reads
 FOLDER/coconut.json                                        latent ids, prompt template, stage, metadata
+FOLDER/custom_generate/generate.py                         for `generate` in plain transformers, with trust_remote_code
 FOLDER/coconut.safetensors                                 weights that transformers does not know, where there are any
 """
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +21,9 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from coconut.config.deepspeed import zero_stage
+from coconut.model import custom_generate
 from coconut.model.auxiliary import load_auxiliary_loss
-from coconut.model.backbone import backbone_class
+from coconut.model.backbone import Backbone, InternVLBackbone, backbone_class
 from coconut.types import CheckpointError, ConfigError, PromptTemplate, StageSpec
 from coconut.utils.distributed import get_world_size, init_distributed_training
 from coconut.utils.logging import get_logger
@@ -166,9 +169,22 @@ def _read_own_weights(model: MultimodalCoconut, folder: Path) -> None:
     model.load_state_dict({name: tensor for name, tensor in found.items() if name in wanted}, strict=False)
 
 
+def _hand_on_generation(model: MultimodalCoconut, folder: Path) -> None:
+    """Let plain transformers think in latent space too, where one file that it can load suffices for it."""
+    is_plain = model.loop.iterations is None and model.latent_feedback in ("hidden", "normed")
+    if not is_plain or type(model.backbone) not in (Backbone, InternVLBackbone):
+        return
+    model.base_model.config.latent_token_id = model.latent_token_id
+    model.base_model.config.latent_embedding_norm = model.embedding_norm
+    target = folder / "custom_generate" / "generate.py"
+    target.parent.mkdir(exist_ok=True)
+    target.write_text(inspect.getsource(custom_generate))
+
+
 def save_model(model: MultimodalCoconut, folder: Path, state_dict: dict[str, Tensor] | None) -> None:
     """See `MultimodalCoconut.save_pretrained`."""
     folder.mkdir(parents=True, exist_ok=True)
+    _hand_on_generation(model, folder)
     whole = model.state_dict() if state_dict is None else state_dict
     weights = {name.removeprefix(BASE_PREFIX): w for name, w in whole.items() if name.startswith(BASE_PREFIX)}
     model.base_model.save_pretrained(folder, state_dict=None if state_dict is None else weights)
