@@ -121,6 +121,9 @@ class Schema(BaseModel):
         None, ge=1, description="samples that count as an epoch; null = the whole training set"
     )
     max_steps: Int | None = Field(None, ge=1, description="optimizer steps after which the run ends; null = no limit")
+    stop_after_stage: Int | None = Field(
+        None, ge=0, description="stage after which the run ends, without scoring the test data; null = after the last"
+    )
 
     # -- data --
     train_data_path: Text | None = Field(None, description="training data: JSON, JSONL, or a folder of shards")

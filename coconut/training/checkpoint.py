@@ -7,16 +7,13 @@ RUN/checkpoints/.step-00001250.partial/       one that is being written, or whos
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+from coconut.training.run_folder import replace_folder, sync
 from coconut.training.state import TrainState
 from coconut.types import CheckpointError, ConfigError
 from coconut.utils.distributed import barrier, get_world_size, is_main_process
@@ -122,57 +119,3 @@ def load_checkpoint(engine: Any, folder: Path) -> None:
         ) from error
     if loaded is None:
         raise CheckpointError(f"{folder / ENGINE_TAG} holds no DeepSpeed checkpoint; remove {folder} to go on without")
-
-
-def replace_folder(partial: Path, final: Path) -> None:
-    """Put a finished folder in its place; what was there stays whole until then."""
-    old = final.with_name(f".{final.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        final.rename(old)
-    partial.rename(final)
-    sync(final.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def set_aside(run_dir: Path, names: Sequence[str]) -> Path | None:
-    """Move what an earlier run left under `names` into RUN/old-1, old-2 ...; nothing is deleted.
-
-    Returns:
-        the folder, or None where there was nothing to move.
-    """
-    found = [path for pattern in names for path in run_dir.glob(pattern)]
-    if not found:
-        return None
-    number = 1
-    while (target := run_dir / f"old-{number}").exists():
-        number += 1
-    target.mkdir()
-    for path in found:
-        path.rename(target / path.name)
-    return target
-
-
-def sync(path: Path) -> None:
-    """Make a file's content, or a folder's renames, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def locked_run(run_dir: Path) -> Iterator[None]:
-    """Hold a run folder: a second run in it would mix its metrics and checkpoints with this one's.
-
-    Raises:
-        ConfigError: another process holds it.
-    """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ConfigError(f"another run is writing to {run_dir}; wait for it, or choose another name") from error
-        yield

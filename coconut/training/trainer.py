@@ -9,7 +9,6 @@ import json
 import shutil
 import time
 from collections.abc import Iterable
-from contextlib import ExitStack
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -26,16 +25,23 @@ from coconut.model import MultimodalCoconut
 from coconut.training.checkpoint import (
     CheckpointFolder,
     load_checkpoint,
-    locked_run,
     read_checkpoint,
-    replace_folder,
-    set_aside,
 )
 from coconut.training.engine import build_engine, gathered_state_dict, is_owned, reset_optimizer, set_learning_rate
 from coconut.training.inputs import TrainingInputs
 from coconut.training.metrics import MetricsWriter, Totals, progress_line
+from coconut.training.run_folder import (
+    DONE_FILE,
+    hold_run,
+    is_stage_done,
+    replace_folder,
+    restore_replaced,
+    set_aside,
+    write_json,
+)
 from coconut.training.stages import StageManager
 from coconut.training.state import TrainState
+from coconut.training.stop import StopRequests, noting_signals
 from coconut.training.validation import as_batch, to_device, validate
 from coconut.types import Batch, ConfigError
 from coconut.utils.distributed import (
@@ -89,14 +95,16 @@ class MultimodalCoTTrainer:
         self.metrics = MetricsWriter(self.run_dir)
         self.state = TrainState()
         self.geometry = batch_geometry(config, get_world_size())
-        self._locks = ExitStack()  # held as long as the trainer lives
+        self.stops = StopRequests(self.run_dir)
+        self.stop_reason: str | None = None
+        self.last_stage = last_stage(config.stop_after_stage, self.stages.stages)
 
     @cached_property
     def engine(self) -> Any:
         """The DeepSpeed engine; built at its first use, resumed from the run folder's newest checkpoint."""
         set_seed(self.config.seed)
         init_distributed_training(force=True)
-        on_main_first(lambda: self._locks.enter_context(locked_run(self.run_dir)))
+        on_main_first(lambda: take_run(self.run_dir))
         start = on_main_first(self._where_to_go_on)
         engine = build_engine(self.model, self.config, self.run_dir)
         if start is not None:
@@ -110,16 +118,31 @@ class MultimodalCoTTrainer:
     # -- the run --
 
     def train(self) -> None:
-        """Train every stage that is not done yet, then score the test data once."""
-        engine = self.engine
-        if (self._out_of_budget() or self._all_stages_done()) and on_main_first(self._final_step) == self.state.step:
+        """Train every stage that is not done yet, then score the test data once.
+
+        Stops before that, with a checkpoint, where `stop_after_stage` or a stop request says so.
+        """
+        with noting_signals():
+            self._train()
+
+    def _train(self) -> None:
+        engine, last = self.engine, self.stages.stages[-1]
+        if (self._out_of_budget() or self._is_done(last)) and on_main_first(self._final_step) == self.state.step:
             logger.info("nothing is left to do in %s; choose another name, or resume=none to start again", self.run_dir)
             return
         logger.info("%d ranks, stages %s, %s", get_world_size(), self.stages.stages, type(engine.optimizer).__name__)
-        for stage in self.stages.stages:
-            is_done = stage < self.state.stage or (stage == self.state.stage and self.state.stage_done)
-            if not is_done and not self._out_of_budget():
+        for stage in range(self.last_stage + 1):
+            if not self._is_done(stage) and not self._is_over():
                 self._train_stage(stage)
+            if self._is_done(stage):
+                self._mark_done(stage)
+        if self.stop_reason is not None:
+            self.stops.write(self.state.stage, self.state.step, self.stop_reason)
+            logger.info("stopped (%s) after step %d; the same command goes on", self.stop_reason, self.state.step)
+            return
+        if self.last_stage < last and not self._out_of_budget():
+            logger.info("stage %d is done: stop_after_stage ends the run here", self.last_stage)
+            return
         self.model.stage_spec = self.stages.spec(self.state.stage)
         if self.inputs.test is not None:
             loader = self.inputs.evaluation_loader(self.inputs.test, self.state.stage)
@@ -134,10 +157,10 @@ class MultimodalCoTTrainer:
             reset_optimizer(self.engine)
             state.steps_since_reset = 0
         self.model.stage_spec = self.stages.spec(stage)
-        while not state.stage_done and not self._out_of_budget():
+        while not state.stage_done and not self._is_over():
             loader = self.inputs.train_loader(stage, state.epoch, state.epoch_step, self.geometry)
             self.train_epoch(state.epoch, loader)
-            if state.epoch_step < len(loader.plan):  # max_steps fell inside the epoch
+            if state.epoch_step < len(loader.plan):  # max_steps or a stop fell inside the epoch
                 break
             state.stage_epoch, state.epoch, state.epoch_step = state.stage_epoch + 1, state.epoch + 1, 0
             metrics = self._validate_stage(stage, settings.advance_at)
@@ -152,8 +175,17 @@ class MultimodalCoTTrainer:
             self._export(f"stage_{stage}")
         self.save_checkpoint(state.epoch, {})
 
-    def _all_stages_done(self) -> bool:
-        return self.state.stage_done and self.state.stage == self.stages.stages[-1]
+    def _is_done(self, stage: int) -> bool:
+        return stage < self.state.stage or (stage == self.state.stage and self.state.stage_done)
+
+    def _mark_done(self, stage: int) -> None:
+        """RUN/stage_K/done.json: written last, so that what waits for the stage finds its checkpoint as well."""
+        if is_main_process() and (self.run_dir / f"stage_{stage}").is_dir() and not is_stage_done(self.run_dir, stage):
+            done = {"stage": stage, "step": self.state.step, "samples": self.state.samples}
+            write_json(self.run_dir / f"stage_{stage}" / DONE_FILE, done)
+
+    def _is_over(self) -> bool:
+        return self.stop_reason is not None or self._out_of_budget()
 
     def _out_of_budget(self) -> bool:
         config, state = self.config, self.state
@@ -208,7 +240,7 @@ class MultimodalCoTTrainer:
         batches = (as_batch(item) for item in dataloader)
         save_every = self.config.save_every_n_steps
         begin = time.perf_counter()
-        while not self._out_of_budget():
+        while not self._is_over():
             micro_batches = list(islice(batches, accumulation))
             if not self._train_step(micro_batches, accumulation, whole, window):
                 break
@@ -230,7 +262,7 @@ class MultimodalCoTTrainer:
         }
 
     def _train_step(self, micro_batches: list[Batch], accumulation: int, whole: Totals, window: Totals) -> bool:
-        """One optimizer step on all ranks; False, and nothing done, when a rank has no batch left."""
+        """One optimizer step on all ranks; False, and nothing done, when a rank has no batch left or a stop is due."""
         engine, state, world = self.engine, self.state, get_world_size()
         patches = sum(
             int(batch.tensors["num_patches"].sum()) for batch in micro_batches if "num_patches" in batch.tensors
@@ -242,10 +274,12 @@ class MultimodalCoTTrainer:
                 sum(len(batch.keys) for batch in micro_batches),
                 sum(batch.n_tokens for batch in micro_batches),
                 patches,
+                *self.stops.flags(),
             ]
         )
-        n_batches, n_labels, n_samples, n_tokens, n_patches = (int(count) for count in counts)
-        if n_batches < accumulation * world:
+        n_batches, n_labels, n_samples, n_tokens, n_patches = (int(count) for count in counts[:5])
+        self.stop_reason = self.stops.reason(counts[5:])
+        if self.stop_reason is not None or n_batches < accumulation * world:
             return False
         settings = self.stages.settings(state.stage)
         warm = min(1.0, (state.steps_since_reset + 1) / max(settings.warmup_steps, 1))
@@ -404,3 +438,24 @@ class MultimodalCoTTrainer:
             100 * metrics["full_match"],
             metrics["samples"],
         )
+
+
+def last_stage(stop_after_stage: int | None, stages: list[int]) -> int:
+    """The stage after which a run ends.
+
+    Raises:
+        ConfigError: `stop_after_stage` is none of the run's stages.
+    """
+    if stop_after_stage is None:
+        return stages[-1]
+    if stop_after_stage not in stages:
+        raise ConfigError(f"stop_after_stage = {stop_after_stage}: this run has the stages {stages[0]} to {stages[-1]}")
+    return stop_after_stage
+
+
+def take_run(run_dir: Path) -> None:
+    """Hold the run folder, and tidy up what the process before this one left half done or asked for."""
+    if hold_run(run_dir):
+        StopRequests(run_dir).clear()
+        restore_replaced(run_dir)
+        restore_replaced(run_dir / "checkpoints")

@@ -11,10 +11,7 @@ from coconut.training.checkpoint import (
     STATE_FILE,
     CheckpointFolder,
     load_checkpoint,
-    locked_run,
     read_checkpoint,
-    replace_folder,
-    set_aside,
 )
 from coconut.training.metrics import MetricsWriter
 from coconut.training.state import TrainState
@@ -88,36 +85,6 @@ def test_another_run_or_number_of_ranks_is_refused(
     monkeypatch.setattr("coconut.training.checkpoint.get_world_size", lambda: 4)
     with pytest.raises(CheckpointError, match=r"written by 1 rank\(s\), this run has 4"):
         read_checkpoint(folder, RUN)
-
-
-def test_setting_aside_loses_nothing(tmp_path: Path) -> None:
-    for number in (1, 2):
-        (tmp_path / "stage_0").mkdir()
-        (tmp_path / "metrics.jsonl").write_text(str(number))
-        target = set_aside(tmp_path, ("stage_*", "metrics.jsonl", "final"))
-        assert target == tmp_path / f"old-{number}"
-        assert (target / "metrics.jsonl").read_text() == str(number) and (target / "stage_0").is_dir()
-    assert set_aside(tmp_path, ("stage_*",)) is None
-
-
-def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
-    for content in ("old", "new"):
-        (tmp_path / "partial").mkdir()
-        (tmp_path / "partial" / "file").write_text(content)
-        replace_folder(tmp_path / "partial", tmp_path / "final")
-        assert (tmp_path / "final" / "file").read_text() == content
-    assert [path.name for path in tmp_path.iterdir()] == ["final"]
-
-
-def test_one_run_at_a_time_in_a_folder(tmp_path: Path) -> None:
-    with (
-        locked_run(tmp_path / "run"),
-        pytest.raises(ConfigError, match="another run is writing"),
-        locked_run(tmp_path / "run"),
-    ):
-        pass
-    with locked_run(tmp_path / "run"):
-        pass
 
 
 def test_metrics_are_taken_back_to_the_checkpoint(tmp_path: Path) -> None:
