@@ -106,7 +106,7 @@ def check(config: Config) -> tuple[Any, Any]:
     from transformers.utils.logging import disable_progress_bar
 
     from coconut.config.deepspeed import resolve_ds_config
-    from coconut.training.trainer import take_run
+    from coconut.training.resume import take_run
     from coconut.utils.distributed import get_world_size, init_distributed_training, on_main_first
     from coconut.utils.logging import setup_logging
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from coconut.training.resume import last_stage
 from coconut.training.stop import STOP_FILE, STOPPED_FILE, StopRequests, noting_signals
-from coconut.training.trainer import last_stage
 
 
 def test_a_file_or_a_signal_asks_for_a_stop_and_the_next_start_forgets_it(tmp_path: Path) -> None:
