@@ -27,6 +27,10 @@ class CheckpointError(CoconutError, RuntimeError):
     """A checkpoint is missing, damaged, or belongs to another configuration."""
 
 
+class TrainingError(CoconutError, RuntimeError):
+    """Training cannot go on as it is configured: memory is short, or steps keep failing."""
+
+
 #: The three tokens of the latent span, as spelled in the tokenizer.
 START_LATENT_TOKEN = "<|start-latent|>"
 LATENT_TOKEN = "<|latent|>"

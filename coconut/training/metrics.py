@@ -6,10 +6,13 @@ import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from coconut.utils.distributed import is_main_process
 from coconut.utils.logging import get_logger, log_to_wandb
+
+if TYPE_CHECKING:
+    from coconut.training.step import StepPlan
 
 logger = get_logger(__name__)
 
@@ -34,7 +37,7 @@ class MetricsWriter:
         partial.replace(self.path)
 
     def write(self, kind: str, **values: Any) -> None:
-        """One row: ``kind`` is train, val or stage."""
+        """One row: ``kind`` is train, val, test, stage or anomaly."""
         if not is_main_process():
             return
         row = {"kind": kind, **values}
@@ -53,6 +56,14 @@ class Totals:
     tokens: int = 0
     steps: int = 0
     started: float = field(default_factory=time.perf_counter)
+
+    def add(self, loss_sum: float, plan: StepPlan) -> None:
+        """One step more."""
+        self.loss_sum += loss_sum
+        self.label_tokens += plan.label_tokens
+        self.samples += plan.samples
+        self.tokens += plan.tokens
+        self.steps += 1
 
     @property
     def seconds(self) -> float:
