@@ -106,6 +106,7 @@ def check(config: Config) -> tuple[Any, Any]:
     from transformers.utils.logging import disable_progress_bar
 
     from coconut.config.deepspeed import resolve_ds_config
+    from coconut.model.auxiliary import load_auxiliary_loss
     from coconut.training.resume import take_run
     from coconut.utils.distributed import get_world_size, init_distributed_training, on_main_first
     from coconut.utils.logging import setup_logging
@@ -116,6 +117,8 @@ def check(config: Config) -> tuple[Any, Any]:
     init_distributed_training(force=True)
     on_main_first(lambda: take_run(config.run_dir))
     setup_logging(config)
+    for path in config.auxiliary_losses:
+        load_auxiliary_loss(path)
     resolve_ds_config(config, world_size=get_world_size(), hidden_size=1024)  # the true width is not known yet
     return load_inputs(config)
 
