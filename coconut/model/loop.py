@@ -73,7 +73,7 @@ class LatentLoop(nn.Module):
         if torch.is_grad_enabled() and not embeds_BLH.requires_grad:
             # A leaf's gradients are reduced when those of its inputs are there; so they must be asked for.
             embeds_BLH = embeds_BLH.detach().requires_grad_()
-        cache = PassCache(self.decoder.config.num_hidden_layers)
+        cache = PassCache(self.decoder.config.num_hidden_layers, embeds_BLH.shape[1])
         tensors = self(
             embeds_BLH,
             attention_mask_BL=attention_mask_BL,

@@ -3,12 +3,13 @@
     embeddings [B, L, H] --cut at every latent column--> pass 0, 1, ..., K --concatenate--> hidden [B, L, H]
                                                             |  ^
                        last hidden state of the column before  |  becomes the latent's input embedding
-                                                            keys and values of earlier passes, as parts
+                                                            keys and values of earlier passes
 
-Gradients flow through the thoughts and through the keys and values (arXiv 2412.06769, section 3). Nothing is
-written in place, and no loop runs over rows or tokens.
+Gradients flow through the thoughts and through the keys and values (arXiv 2412.06769, section 3). No value is ever
+overwritten, and no loop runs over rows or tokens.
 
-Shapes: B rows, L columns, H hidden size, K latent columns, q columns of one pass, p columns before it.
+Shapes: B rows, L columns, H hidden size, K latent columns, q columns of one pass, p columns before it, h heads of keys
+and values, D their size.
 """
 
 from __future__ import annotations
@@ -35,53 +36,103 @@ ThoughtTransform = Callable[[Tensor, int], Tensor]
 #: Makes the embeddings that are fed back of hidden states, column by column: [B, q, H] -> [B, q, H].
 Feedback = Callable[[Tensor], Tensor]
 
-Part = tuple[Tensor, Tensor]  # keys and values [B, kv_heads, q, head_dim] of one pass
+Columns = tuple[Tensor, Tensor]  # keys and values [B, kv_heads, columns, head_dim]
 
 
-class _PartLayer(DynamicLayer):
-    """One decoder layer's keys and values as seen from one pass.
+class _Append(torch.autograd.Function):
+    """Write new columns behind earlier ones into memory that all passes share, and return a view of all so far.
 
-    The parts of all passes are shared between the views; the concatenation is made when attention asks for it and
-    kept by nobody. `update` may be called twice for the same pass, since activation checkpointing runs the layer
-    again in the backward: the second call reads the same earlier parts and appends nothing.
+    A concatenation in each pass would copy the whole prefix each time, and the backward would hold every copy. Columns
+    are written once and never changed (a recomputation writes the same values again), so every pass may keep its view;
+    ``.data`` says so to autograd, which would take the next pass's columns for a change of this one's.
     """
 
-    def __init__(self, parts: list[Part], pass_index: int) -> None:
+    @staticmethod
+    def forward(ctx: Any, memory: _Memory, new_BhqD: Tensor, earlier_BhpD: Tensor | None) -> Tensor:
+        ctx.start = 0 if earlier_BhpD is None else earlier_BhpD.shape[-2]
+        whole_BhLD = memory.like(new_BhqD)
+        end = ctx.start + new_BhqD.shape[-2]
+        whole_BhLD.data[..., ctx.start : end, :] = new_BhqD
+        return whole_BhLD.data[..., :end, :]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, Tensor | None]:
+        (gradient_BhD,) = gradients
+        earlier = gradient_BhD[..., : ctx.start, :] if ctx.start else None
+        return None, gradient_BhD[..., ctx.start :, :], earlier
+
+
+class _Memory:
+    """Room for the keys, or the values, of all columns in one layer; made when the first are there."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+        self.whole: Tensor | None = None
+
+    def like(self, columns: Tensor) -> Tensor:
+        if self.whole is None:
+            rows, heads, _, size = columns.shape
+            self.whole = columns.new_empty(rows, heads, self.length, size)
+        return self.whole
+
+
+class _PassLayer(DynamicLayer):
+    """One decoder layer's keys and values as seen from one pass.
+
+    `update` may be called twice for the same pass, since activation checkpointing runs the layer again in the backward:
+    the second call reads the same earlier columns and leaves no trace.
+
+    Args:
+        parts: all columns up to each pass's end, shared between the views of the passes.
+        memory: of keys and of values.
+        pass_index: which pass.
+        keep: False for a trial, whose columns no later pass sees.
+    """
+
+    def __init__(self, parts: list[Columns], memory: tuple[_Memory, _Memory], pass_index: int, keep: bool) -> None:
         super().__init__()
-        self.parts = parts
-        self.pass_index = pass_index
+        self.parts, self.memory, self.pass_index, self.keep = parts, memory, pass_index, keep
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> Part:
-        earlier = self.parts[: self.pass_index]
+    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> Columns:
+        keys, values = self.parts[self.pass_index - 1] if self.pass_index else (None, None)
+        if not self.keep:
+            assert keys is not None and values is not None
+            return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
+        columns = (
+            _Append.apply(self.memory[0], key_states, keys),
+            _Append.apply(self.memory[1], value_states, values),
+        )
         if len(self.parts) == self.pass_index:
-            self.parts.append((key_states, value_states))
-        if not earlier:
-            return key_states, value_states
-        keys = torch.cat([*(part[0] for part in earlier), key_states], dim=-2)
-        values = torch.cat([*(part[1] for part in earlier), value_states], dim=-2)
-        return keys, values
+            self.parts.append(columns)
+        return columns
 
     def get_seq_length(self) -> int:
-        return sum(keys.shape[-2] for keys, _ in self.parts[: self.pass_index])
+        return self.parts[self.pass_index - 1][0].shape[-2] if self.pass_index else 0
 
 
 class PassCache:
-    """Keys and values of all passes, layer by layer, as the parts in which they were computed."""
+    """Keys and values of all passes, layer by layer.
 
-    def __init__(self, n_layers: int) -> None:
-        self.parts: list[list[Part]] = [[] for _ in range(n_layers)]
+    Args:
+        n_layers: of the decoder.
+        length: columns of all passes together.
+    """
+
+    def __init__(self, n_layers: int, length: int) -> None:
+        self.parts: list[list[Columns]] = [[] for _ in range(n_layers)]
+        self.memory = [(_Memory(length), _Memory(length)) for _ in range(n_layers)]
 
     def view(self, pass_index: int, keep: bool = True) -> Cache:
-        """The cache that the decoder is given in pass `pass_index`; without `keep` its own parts are not stored."""
-        layers = [_PartLayer(parts if keep else parts[:pass_index], pass_index) for parts in self.parts]
-        return Cache(layers=layers)
+        """The cache that the decoder is given in pass `pass_index`; without `keep` its own columns are not stored."""
+        layers = zip(self.parts, self.memory, strict=True)
+        return Cache(layers=[_PassLayer(parts, memory, pass_index, keep) for parts, memory in layers])
 
     def to_dynamic(self, config: object) -> DynamicCache:
         """An ordinary transformers cache with the same content."""
         cache = DynamicCache(config=config)
         for layer, parts in enumerate(self.parts):
-            cache.update(torch.cat([k for k, _ in parts], dim=-2), torch.cat([v for _, v in parts], dim=-2), layer)
+            cache.update(*parts[-1], layer)
         return cache
 
 

@@ -75,7 +75,7 @@ def tensors_of(rows: list[dict]) -> dict:
 @contextmanager
 def sabotage(model: MultimodalCoconut, special: set[str]):
     """Cut the gradient where public code cuts it: through the thoughts, or through the cache."""
-    update = multipass._PartLayer.update
+    update = multipass._PassLayer.update
 
     def detached(self, keys, values, *args, **kwargs):
         self.parts[:] = [(k.detach(), v.detach()) for k, v in self.parts]
@@ -86,7 +86,7 @@ def sabotage(model: MultimodalCoconut, special: set[str]):
         if "cut-thoughts" in special:
             faults.enter_context(mock.patch.object(model, "_run", run))
         elif "cut-cache" in special:
-            faults.enter_context(mock.patch.object(multipass._PartLayer, "update", detached))
+            faults.enter_context(mock.patch.object(multipass._PassLayer, "update", detached))
         yield
 
 

@@ -109,7 +109,7 @@ def test_the_comparison_can_fail(fault: str, monkeypatch: pytest.MonkeyPatch) ->
     theirs = gradients(model)
     batch = batch_rows(rows)
     if fault == "cache":
-        monkeypatch.setattr(multipass._PartLayer, "update", _detached(multipass._PartLayer.update))
+        monkeypatch.setattr(multipass._PassLayer, "update", _detached(multipass._PassLayer.update))
     elif fault == "padding":
         batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
     else:
