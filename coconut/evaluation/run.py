@@ -101,43 +101,35 @@ def evaluate_checkpoint(
         CheckpointError: no checkpoint there, or one that does not say at which stage it was trained.
         DataError: the data cannot be used.
     """
-    if _stage_spec(checkpoint) is None:
-        raise CheckpointError(f"{checkpoint / CHECKPOINT_FILE} names no stage; save the checkpoint with the trainer")
+    require_stage(checkpoint)
     # Everything a user can mistype is checked by now; what follows takes seconds to import.
     import torch
 
-    from coconut.data import ImageProcessor, MultimodalCollator, SampleEncoder, open_dataset
+    from coconut.data import open_dataset
     from coconut.evaluation.evaluate import evaluate
-    from coconut.model import MultimodalCoconut
+    from coconut.evaluation.loaded import load
     from coconut.utils import distributed
-    from coconut.utils.tokenizer import load_tokenizer
 
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     distributed.init_distributed_training()
-    _log_to_console(distributed.is_main_process())
+    log_to_console(distributed.is_main_process())
     sources = [open_dataset(job.data, image_root=image_root) for job in jobs]
-    tokenizer = load_tokenizer(str(checkpoint))
-    model = MultimodalCoconut.from_pretrained(checkpoint).to(distributed.get_device()).eval()
-    assert model.stage_spec is not None
-    assert model.prompt_template is not None
-    processor = ImageProcessor.from_pretrained(checkpoint) if model.tokens_per_patch else None
-    encoder = SampleEncoder(tokenizer, processor, model.prompt_template, model.tokens_per_patch)
-    collator = MultimodalCollator(tokenizer, processor, model.latent_token_id)
+    loaded = load(checkpoint)
     results = []
     for job, source in zip(jobs, sources, strict=True):
         result = evaluate(
-            model,
+            loaded.model,
             source,
-            encoder=encoder,
-            collator=collator,
-            tokenizer=tokenizer,
-            spec=model.stage_spec,
+            encoder=loaded.encoder,
+            collator=loaded.collator,
+            tokenizer=loaded.tokenizer,
+            spec=loaded.spec,
             options=job.options,
         )
         results.append(result)
         if distributed.is_main_process():
-            result.save(job.out, {"checkpoint": str(checkpoint), "data": str(job.data), **_facts(model, result)})
+            result.save(job.out, {"checkpoint": str(checkpoint), "data": str(job.data), **_facts(loaded.model, result)})
     distributed.barrier()
     distributed.shutdown_distributed()
     return results
@@ -165,6 +157,18 @@ def _facts(model: MultimodalCoconut, result: EvaluationResult) -> dict[str, Any]
     }
 
 
+def require_stage(checkpoint: Path) -> dict[str, Any]:
+    """The stage that a checkpoint was trained at.
+
+    Raises:
+        CheckpointError: it names none, or is damaged.
+    """
+    spec = _stage_spec(checkpoint)
+    if spec is None:
+        raise CheckpointError(f"{checkpoint / CHECKPOINT_FILE} names no stage; save the checkpoint with the trainer")
+    return spec
+
+
 def _stage_spec(checkpoint: Path) -> dict[str, Any] | None:
     path = checkpoint / CHECKPOINT_FILE
     try:
@@ -174,7 +178,7 @@ def _stage_spec(checkpoint: Path) -> dict[str, Any] | None:
     return spec
 
 
-def _log_to_console(is_main: bool) -> None:
+def log_to_console(is_main: bool) -> None:
     """Progress and warnings of this project on standard error; the bars of other libraries stay away."""
     from transformers.utils.logging import disable_progress_bar
 
