@@ -1,4 +1,4 @@
-"""Are the latents used? One model, the same questions again and again, each time with something about the thoughts changed.
+"""Are the latents used? One model, the same questions, asked again and again with something about the thoughts changed.
 
     samples --Study--> own thoughts --Condition: other thoughts | cut | other image--> answers, likelihoods
                                                                            --effects--> a causal table
@@ -104,7 +104,14 @@ class Study:
     """
 
     def __init__(
-        self, loaded: Loaded, source: SampleSource, *, limit: int | None, batch_size: int, max_new_tokens: int, seed: int
+        self,
+        loaded: Loaded,
+        source: SampleSource,
+        *,
+        limit: int | None,
+        batch_size: int,
+        max_new_tokens: int,
+        seed: int,
     ) -> None:
         self.model, self.tokenizer, self.loaded, self.seed = loaded.model, loaded.tokenizer, loaded, seed
         self.source = source
@@ -145,7 +152,7 @@ class Study:
 
     def with_images_of(self, batch: Prompts, donors: Sequence[int | None]) -> Prompts:
         """The same questions over the pictures of other samples with as many tiles."""
-        pixels = [self.features[row if donors[row] is None else donors[row]]["pixel_values"] for row in batch.rows]
+        pixels = [self.features[_donor(donors, row)]["pixel_values"] for row in batch.rows]
         shown = [tile for tile in pixels if tile is not None]
         tensors = {**batch.tensors, "pixel_values": torch.cat(shown)} if shown else batch.tensors
         return dataclasses.replace(batch, tensors=tensors)
@@ -183,13 +190,19 @@ class Study:
         return noise_like_thoughts(ids, self.model.latent_token_id, batch.keys, self.seed)
 
     def of_other(self, donors: Sequence[int | None]) -> MakeTransform:
-        return self.fed(lambda row: self.thoughts[row if donors[row] is None else donors[row]])  # type: ignore[index]
+        return self.fed(lambda row: self.thoughts[_donor(donors, row)])
 
     def mean_thoughts(self) -> Tensor:
         """[T, H]: the mean of each thought over the samples that have it."""
         return torch.stack(
             [torch.stack([t[k] for t in self.thoughts if len(t) > k]).mean(0) for k in range(self.n_thoughts)]
         )
+
+
+def _donor(donors: Sequence[int | None], row: int) -> int:
+    """The sample that gives; the one itself where none was found."""
+    donor = donors[row]
+    return row if donor is None else donor
 
 
 def at_thoughts(make: MakeTransform, chosen: Sequence[int]) -> MakeTransform:
@@ -201,7 +214,7 @@ def cut(chosen: Sequence[int] | None = None) -> Edit:
     """Hides the keys and values of thoughts (all, or those of these numbers) from the answer."""
 
     def edit(memory: Memory, batch: Prompts) -> Memory:
-        hidden_BC = batch.is_latent_BC.clone()
+        hidden_BC = batch.latent_mask.clone()
         if chosen is not None:
             columns = hidden_BC.any(0).nonzero().flatten()
             hidden_BC[:, columns] = torch.isin(batch.number_BK, torch.tensor(list(chosen)))

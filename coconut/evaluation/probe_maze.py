@@ -1,7 +1,7 @@
 """The arrow maze's own question: does a thought stand for a cell, and can it be moved to another one?
 
-A picture is read back into its arrows and colours, so that it is known where a walk over *this* picture leads from a cell
-that another puzzle's thought stands for.
+A picture is read back into its arrows and colours, so that it is known where a walk over *this* picture leads from a
+cell that another puzzle's thought stands for.
 
     puzzle A (picture, thoughts) + thought h of puzzle B
         -> if thought h holds B's cell after hop h, the answer is the colour where A's arrows lead from there

@@ -95,9 +95,7 @@ def linear_probe(study: Study) -> dict[str, Any] | None:
     questions = [study.samples[i].question for i in rows]
     thoughts_NTH = torch.stack([study.thoughts[i] for i in rows])
     half = len(rows) // 2
-    accuracy = [
-        [_read_off(thoughts_NTH[:, t], column, half) for column in words] for t in range(study.n_thoughts)
-    ]
+    accuracy = [[_read_off(thoughts_NTH[:, t], column, half) for column in words] for t in range(study.n_thoughts)]
     baselines = {
         "commonest word": [_commonest(column, ["" for _ in column], half) for column in words],
         "commonest word after this question": [_commonest(column, questions, half) for column in words],
@@ -105,7 +103,9 @@ def linear_probe(study: Study) -> dict[str, Any] | None:
     return {
         "columns": [f"step {j + 1}" for j in range(n_steps)],
         "accuracy": accuracy,
-        "intervals": [[wilson_interval(round(a * (len(rows) - half)), len(rows) - half) for a in row] for row in accuracy],
+        "intervals": [
+            [wilson_interval(round(a * (len(rows) - half)), len(rows) - half) for a in row] for row in accuracy
+        ],
         "baselines": baselines,
         "n_train": half,
         "n_test": len(rows) - half,
@@ -118,7 +118,7 @@ def _last_word(step: str) -> str:
 
 
 def _commonest(words: Sequence[str], given: Sequence[str], half: int) -> float:
-    """Share of the second half that the commonest word of the first half, of those with the same `given`, gets right."""
+    """Share of the second half that is the commonest word of the first half with the same `given`."""
     seen: dict[str, Counter[str]] = {}
     for word, key in zip(words[:half], given[:half], strict=True):
         seen.setdefault(key, Counter())[word] += 1
@@ -146,7 +146,7 @@ def _read_off(inputs_NH: Tensor, words: Sequence[str], half: int) -> float:
             loss.backward()
             return loss
 
-        optimizer.step(closure)  # type: ignore[arg-type]
+        optimizer.step(closure)
     with torch.no_grad():
         right: Tensor = layer(scaled_NH[half:]).argmax(-1) == targets_N[half:]
     return float(right.double().mean())

@@ -135,11 +135,11 @@ class EvaluationResult:
         """
         folder.mkdir(parents=True, exist_ok=True)
         lines = [json.dumps(asdict(p), ensure_ascii=False) + "\n" for p in self.predictions]
-        _write_whole(folder / PREDICTIONS_FILE, "".join(lines))
-        _write_whole(folder / SUMMARY_FILE, json.dumps({**self.summary(), **(extra or {})}, indent=2) + "\n")
+        write_whole(folder / PREDICTIONS_FILE, "".join(lines))
+        write_whole(folder / SUMMARY_FILE, json.dumps({**self.summary(), **(extra or {})}, indent=2) + "\n")
 
 
-def _write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     unfinished.write_text(text, encoding="utf-8")
     unfinished.replace(path)

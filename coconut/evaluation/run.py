@@ -169,6 +169,16 @@ def require_stage(checkpoint: Path) -> dict[str, Any]:
     return spec
 
 
+def require_thoughts(checkpoint: Path) -> None:
+    """Raises CheckpointError where the checkpoint's stage has no thoughts."""
+    spec = require_stage(checkpoint)
+    if not spec["n_latents"]:
+        raise CheckpointError(
+            f"{checkpoint} was trained at stage {spec['stage']}, which has no thoughts; give a later stage of a "
+            "coconut run"
+        )
+
+
 def _stage_spec(checkpoint: Path) -> dict[str, Any] | None:
     path = checkpoint / CHECKPOINT_FILE
     try:

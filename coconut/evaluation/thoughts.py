@@ -50,7 +50,7 @@ class Prompts:
         return [int(n) + 1 for n in self.number_BK.max(1).values]
 
     @property
-    def is_latent_BC(self) -> Tensor:
+    def latent_mask(self) -> Tensor:
         return torch.eq(self.tensors["input_ids"][:, :-1], self.latent_token_id)
 
 
