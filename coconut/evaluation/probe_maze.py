@@ -131,6 +131,24 @@ def swap(study: Study, mazes: Sequence[Puzzle]) -> list[dict[str, Any]]:
     return rows
 
 
+def late_picture(
+    mazes: Sequence[Puzzle], donors: Sequence[int | None], answers: Sequence[str | None]
+) -> dict[str, float | int] | None:
+    """Where the picture is changed after thinking: is the answer the new picture's colour at the cell thought of?
+
+    Returns:
+        "share" with its interval, over the pairs in which the two pictures differ in that cell.
+    """
+    pairs = []
+    for maze, donor, said in zip(mazes, donors, answers, strict=True):
+        if donor is not None and (new := COLOUR_NAMES[mazes[donor].colours[maze.path[-1]]]) != maze.answer:
+            pairs.append(normalise(said or "") == new)
+    if not pairs:
+        return None
+    low, high = wilson_interval(sum(pairs), len(pairs))
+    return {"share": sum(pairs) / len(pairs), "low": low, "high": high, "n": len(pairs)}
+
+
 def _implied(maze: Puzzle, other: Puzzle, hop: int) -> str | None:
     """The colour in `maze` at which its arrows end when it goes on from the other puzzle's cell after `hop` hops."""
     end = walk(maze, other.path[hop], HOPS - hop)

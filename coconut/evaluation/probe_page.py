@@ -90,11 +90,18 @@ def verdict(numbers: dict[str, Any]) -> list[str]:
             f"Given all thoughts of another puzzle, {percent(swap[-1]['implied'])} of the answers become the colour "
             "that those thoughts lead to in this picture."
         )
+    if late := numbers.get("late_picture"):
+        sentence = (
+            f"Shown another picture after thinking, {percent(late['share'])} of the answers name the colour that "
+        )
+        sentence += "the new picture has at the end of the path"
+        found = ": the thoughts hold a place, and the colour is looked up last." if late["low"] > 0.5 else "."
+        sentences.append(sentence + found)
     if path := numbers.get("path"):
         cells = [path["share"][i][i] for i in range(min(len(path["rows"]), len(path["columns"])))]
         sentences.append(
-            f"While it thinks, {percent(min(cells))} or more of its attention to the picture lies on the cell whose turn "
-            "it is; even attention would put 6.2 % there."
+            f"While it thinks, {percent(min(cells))} or more of its attention to the picture lies on the cell whose "
+            "turn it is; even attention would put 6.2 % there."
         )
     return sentences
 

@@ -11,7 +11,7 @@ from coconut.evaluation.loaded import load
 from coconut.evaluation.page import data_uri
 from coconut.evaluation.probe import Outcome, Study, conditions, effects
 from coconut.evaluation.probe_look import Look, attention_on_path, looks, paint
-from coconut.evaluation.probe_maze import read_mazes, swap
+from coconut.evaluation.probe_maze import late_picture, read_mazes, swap
 from coconut.evaluation.probe_page import write_page
 from coconut.evaluation.probe_words import geometry, lens, lens_against_steps, linear_probe
 from coconut.evaluation.result import write_whole
@@ -79,6 +79,9 @@ def probe_checkpoint(
     if mazes is not None:
         say("the data is the arrow maze: swapping thoughts between puzzles")
         numbers["swap"] = swap(study, mazes)
+        shown = next((c.donors for c in planned if c.name == "image"), None)
+        if shown is not None:
+            numbers["late_picture"] = late_picture(mazes, shown, outcomes["image_after"].answers)
         if study.model.tokens_per_patch == len(mazes[0].arrows):  # an image token a cell
             rows = range(min(_PATH_SAMPLES, len(study)))
             numbers["path"] = attention_on_path(study, [maze.path for maze in mazes], rows)

@@ -181,6 +181,14 @@ def test_what_another_puzzles_thought_implies() -> None:
     assert probe_maze._implied(maze, other, 3) is None  # from d2 the next hop leaves the picture
 
 
+def test_a_picture_changed_late_is_judged_at_the_cell_thought_of() -> None:
+    plain = Puzzle((1,) * 16, (0,) * 16, path=(0, 1, 2, 3, 7))
+    other = Puzzle((1,) * 16, (0,) * 7 + (2,) + (0,) * 8, path=(0, 1, 2, 3, 7))
+    found = probe_maze.late_picture([plain, other, plain], [1, None, 0], [COLOUR_NAMES[2], None, "x"])
+    assert found is not None
+    assert (found["share"], found["n"]) == (1.0, 1)  # the third pair shows the same colour: it tells nothing
+
+
 def test_a_linear_probe_reads_what_is_there_and_no_more() -> None:
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(4, (400,), generator=generator)
