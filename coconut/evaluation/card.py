@@ -71,8 +71,8 @@ def _what(spec: StageSpec, has_images: bool) -> str:
     steps = "all written steps" if spec.n_skip_steps is None else f"the first {spec.n_skip_steps} written steps"
     return (
         f"{kind} that reasons in continuous latent space ([arXiv 2412.06769](https://arxiv.org/abs/2412.06769)): at "
-        f"stage {spec.stage}, {spec.n_latents} latent thoughts take the place of {steps}. A thought is the model's own last "
-        "hidden state, fed back as the next input embedding."
+        f"stage {spec.stage}, {spec.n_latents} latent thoughts take the place of {steps}. A thought is the model's own "
+        "last hidden state, fed back as the next input embedding."
     )
 
 
@@ -115,10 +115,12 @@ def _training(spec: StageSpec, metadata: dict[str, Any]) -> str:
 
 def _use(spec: StageSpec, has_images: bool) -> str:
     kind = "AutoModelForImageTextToText" if has_images else "AutoModelForCausalLM"
+    loader = "AutoProcessor" if has_images else "AutoTokenizer"
+    name = "processor" if has_images else "tokenizer"
     plain = (
         "Plain transformers loads this folder and answers without latent thoughts:\n\n"
-        f"```python\nfrom transformers import {kind}, AutoTokenizer\n\n"
-        f'model = {kind}.from_pretrained("THIS_FOLDER")\ntokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")\n```'
+        f"```python\nfrom transformers import {kind}, {loader}\n\n"
+        f'model = {kind}.from_pretrained("THIS_FOLDER")\n{name} = {loader}.from_pretrained("THIS_FOLDER")\n```'
     )
     with_thoughts = (
         "With its thoughts, by Multimodal CoCoNuT:\n\n```python\nfrom coconut import MultimodalCoconut\n\n"

@@ -20,7 +20,7 @@ from coconut.evaluation.card import model_card, public_config
 from coconut.evaluation.collect import read_evaluation
 from coconut.model.backbone import backbone_class, normalise_pixels
 from coconut.model.coconut import MultimodalCoconut
-from coconut.types import CheckpointError, ConfigError, StageSpec
+from coconut.types import LATENT_TOKEN, CheckpointError, ConfigError, StageSpec
 
 TOLERANCE = 1e-5  # largest difference of logits that counts as none
 
@@ -72,6 +72,7 @@ def export(
     tokenizer.save_pretrained(partial)
     if processor is not None:
         processor.save_pretrained(partial)
+        _write_processor(model, partial)
     card = model_card(name, model.stage_spec, metadata, scores, processor is not None)
     (partial / "README.md").write_text(card, encoding="utf-8")
     difference = compare_logits(model, partial)
@@ -98,6 +99,28 @@ def _settle_generation(model: MultimodalCoconut, tokenizer: Any) -> None:
         setattr(settings, name, None)
     settings.eos_token_id = model.eos_token_id
     settings.pad_token_id = tokenizer.pad_token_id
+
+
+def _write_processor(model: MultimodalCoconut, folder: Path) -> None:
+    """What AutoProcessor loads: a text with one image token an image becomes the prompt that the model was taught."""
+    from transformers import AutoTokenizer, InternVLProcessor, InternVLVideoProcessor
+    from transformers.models.got_ocr2.image_processing_got_ocr2 import GotOcr2ImageProcessor
+
+    template = model.prompt_template
+    if model.base_model.config.model_type != "internvl" or template is None or not template.image_open:
+        return
+    tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    if not hasattr(tokenizer, "context_image_token"):
+        ids = (template.image_open[0], template.image_context, template.image_close[0])
+        begin, context, end = (tokenizer.convert_ids_to_tokens(token) for token in ids)
+        # The processor asks for a video token too, of which a new one would have no embedding. No video is ever shown,
+        # and a text never holds the latent token.
+        names = {"start_image_token": begin, "context_image_token": context, "end_image_token": end}
+        tokens = {**names, "video_token": LATENT_TOKEN}
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), extra_special_tokens=tokens)
+    images = GotOcr2ImageProcessor.from_pretrained(str(folder))
+    seen = InternVLProcessor(images, tokenizer, InternVLVideoProcessor(), image_seq_length=model.tokens_per_patch)
+    seen.save_pretrained(folder)
 
 
 @torch.no_grad()

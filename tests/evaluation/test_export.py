@@ -58,6 +58,28 @@ def test_an_exported_folder_is_the_same_model(
     assert "75.00%" in card
     assert "4 latent thoughts take the place of the first 4 written steps" in card
     assert not [p.name for p in out.parent.glob(".out*")]
+    assert len(after.tokenizer) == len(before.tokenizer)
+
+
+def test_transformers_own_processor_makes_the_prompt_of_the_training(maze: Maze, tmp_path: Path) -> None:
+    import io
+
+    from PIL import Image
+    from transformers import AutoProcessor
+
+    from coconut.model.backbone import normalise_pixels
+
+    out = tmp_path / "out"
+    assert script.main(["--checkpoint", str(maze.checkpoints[4]), "--out", str(out)]) == 0
+    loaded, processor = load(out), AutoProcessor.from_pretrained(out)
+    sample = open_dataset(maze.shards).read(0)
+    picture = Image.open(io.BytesIO(sample.images[0])).convert("RGB")  # type: ignore[arg-type]
+    theirs = processor(images=[picture], text=[f"<IMG_CONTEXT>{sample.question}\n"], return_tensors="pt")
+    features = loaded.encoder.encode(sample)
+    assert theirs["input_ids"][0].tolist() == list(features["text"].prompt)
+    model = loaded.model
+    pixels = normalise_pixels(features["pixel_values"], model.pixel_mean, model.pixel_std, torch.float32)
+    assert torch.allclose(theirs["pixel_values"], pixels, atol=1e-5)
 
 
 @pytest.mark.slow
