@@ -42,7 +42,5 @@ def draw_causal(rows: Sequence[dict[str, Any]], style: Style) -> bytes:
         right.set_xlim((1.7 if style.narrow else 1.3) * min(least, -0.1), max(most * 1.1, 0.02 * abs(least), 0.01))
         right.axvline(0, color=style.faint, linewidth=0.9)
         name_rows(right, [bar.label for bar in bars] if style.narrow else [""] * n)
-        right.set_title(
-            "log-likelihood of the truth, change" if style.narrow else "log-likelihood of the truth, change in nats"
-        )
+        right.set_title("truth, change in nats" if style.narrow else "log-likelihood of the truth, change in nats")
         return to_png(figure)
