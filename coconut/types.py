@@ -52,6 +52,7 @@ class Sample:
     images: tuple[bytes | str, ...] = ()  # encoded image files (bytes), or paths to them
     choices: tuple[str, ...] = ()
     source: str = ""  # "file.json:17" or "shard-000003.tar", for error messages
+    references: tuple[str, ...] = ()  # answers of several people, for the soft scores of VQA and A-OKVQA
 
 
 @dataclass(frozen=True)

@@ -196,6 +196,7 @@ class MultimodalCoconut(nn.Module):
         loss_only: bool = False,
         num_items_in_batch: float | Tensor | None = None,
         output_thoughts: bool = False,
+        thought_transform: ThoughtTransform | None = None,
     ) -> CoconutOutput | tuple[Any, ...]:
         """Logits, and the loss when labels are given (arXiv 2412.06769, section 3).
 
@@ -216,6 +217,7 @@ class MultimodalCoconut(nn.Module):
             loss_only: compute logits at label positions only, and return none.
             num_items_in_batch: divisor of the summed loss; by default the batch's own label tokens.
             output_thoughts: return the thoughts [B, K, H].
+            thought_transform: replaces each thought before it is fed back.
 
         Raises:
             DataError: images and image tokens do not match, or a latent has no token before it.
@@ -260,6 +262,7 @@ class MultimodalCoconut(nn.Module):
             visual_features,
             n_calls,
             position_ids=position_ids,
+            thought_transform=thought_transform,
             output_hidden_states=bool(output_hidden_states),
             output_attentions=bool(output_attentions),
         )

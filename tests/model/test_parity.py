@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
 
@@ -114,7 +112,7 @@ def test_the_comparison_can_fail(fault: str, monkeypatch: pytest.MonkeyPatch) ->
         batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
     else:
         transform = {"thoughts": lambda h, k: h.detach(), "no feedback": lambda h, k: torch.zeros_like(h)}[fault]
-        monkeypatch.setattr(model, "_run", partial(model._run, thought_transform=transform))
+        batch["thought_transform"] = transform
     model(**batch, loss_only=True, num_items_in_batch=1).loss.backward()
     assert largest_difference(gradients(model), theirs) > 1e-4
 
