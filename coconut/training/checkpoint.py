@@ -77,7 +77,7 @@ class CheckpointFolder:
         """
         final = self.folder / f"step-{state.step:08d}"
         partial = self.folder / f".{final.name}.partial"
-        on_main_first(lambda: _or_checkpoint_error(lambda: _make_empty(partial), final))
+        on_main_first(lambda: _or_checkpoint_error(lambda: self._make_room(partial), final))
         try:
             self._need_space(sum(all_reduce_sum([float(local_bytes(engine))])), final)
             files = _write_files(engine, partial, final)
@@ -95,6 +95,11 @@ class CheckpointFolder:
         on_main_first(lambda: _or_checkpoint_error(lambda: self._commit(partial, final, files, content), final))
         return final
 
+    def _make_room(self, partial: Path) -> None:
+        self._prune()  # a run that is told to keep fewer than before may need their place
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+
     def _need_space(self, n_bytes: float, final: Path) -> None:
         free = on_main_first(lambda: shutil.disk_usage(self.folder).free)
         if free < n_bytes + SPARE_BYTES:
@@ -108,10 +113,14 @@ class CheckpointFolder:
         files[STATE_FILE] = _sum_of(partial / STATE_FILE)
         write_json(partial / MANIFEST_FILE, {"files": files})
         replace_folder(partial, final)
+        self._prune(final)
+
+    def _prune(self, newest: Path | None = None) -> None:
+        """Remove what is too old; `newest` was just written, and stays even where its step is lower."""
         found = self.complete()
-        best = max(found, key=_goodness)
+        best = max(found, key=_goodness, default=None)
         for old in found[: -self.keep]:
-            if old not in (final, best):
+            if old not in (newest, best):
                 doomed = old.with_name(f".{old.name}.partial")  # so that a half removed one is no checkpoint
                 old.rename(doomed)
                 shutil.rmtree(doomed)
@@ -191,11 +200,6 @@ def _write_files(engine: Any, partial: Path, final: Path) -> dict[str, Any]:
     if faults:
         raise CheckpointError(f"{final} could not be written ({'; '.join(faults)}). Older checkpoints are untouched")
     return {name: found for files, _ in gathered for name, found in files.items()}
-
-
-def _make_empty(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
 
 
 def _or_checkpoint_error(action: Callable[[], T], final: Path) -> T:

@@ -39,7 +39,7 @@ class Run:
     started: float
 
     def finish(self, timeout_s: float = 300) -> list[int]:
-        """Exit codes (negative: the signal), once all have ended; as a launcher does, ends the others after a failure."""
+        """Exit codes (negative: the signal) once all have ended; ends the others after a failure."""
         end = time.monotonic() + timeout_s
         failed_at = None
         while any(process.is_alive() for process in self.processes):
