@@ -119,6 +119,8 @@ class CheckpointFolder:
         """Remove what is too old; `newest` was just written, and stays even where its step is lower."""
         found = self.complete()
         best = max(found, key=_goodness, default=None)
+        if best is not None and _goodness(best)[1] < 0:  # nothing was validated yet in its stage
+            best = None
         for old in found[: -self.keep]:
             if old not in (newest, best):
                 doomed = old.with_name(f".{old.name}.partial")  # so that a half removed one is no checkpoint
