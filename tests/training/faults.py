@@ -48,6 +48,7 @@ def partial_method(forward: Any, plan: dict[int, str], now: dict[str, int]) -> A
         output = forward(self, *args, **kwargs)
         kind = plan.get(now["step"]) if self.training else None
         if kind is not None:
+            print(f"\nFAULT {kind} {time.monotonic()}", flush=True)
             output.loss = KINDS[kind](output.loss)
         return output
 

@@ -89,6 +89,7 @@ class TestRuns:
         steps = ",".join(map(str, range(7, 24)))
         run_ = start(home, "hopeless", *STAGE_0, "save_every_n_steps=6", "max_rollbacks=1", fault=f"nan@1:{steps}")
         assert run_.finish() == [2, 2]
+        print(f"TOOK giving up: {run_.seconds_since_fault():.1f} s")
         assert "error: 3 steps in a row were skipped, after 1 rollback(s) (max_rollbacks = 1)" in run_.text
         assert "step 13: non-finite loss; rank 0: loss sum " in run_.text and "rank 1: loss sum nan over " in run_.text
 
@@ -100,6 +101,7 @@ class TestRuns:
     def test_a_stuck_rank_is_named_and_all_end(self, home) -> None:
         run_ = start(home, "stuck", *STAGE_0, "hang_timeout_s=6", fault="stuck@1:4")
         assert EXIT_HANG in run_.finish(60)
+        print(f"TOOK stuck rank, hang_timeout_s=6: {run_.seconds_since_fault():.1f} s")
         text = (run_.folder / "hang-rank-1.txt").read_text()
         assert "no progress for" in text and 'after step 4, in "forward and backward" of samples ' in text
         assert "faults.py" in text and "_stuck" in text  # the line where it hangs
@@ -108,12 +110,14 @@ class TestRuns:
         run_ = start(home, "dead", *STAGE_0, "save_every_n_steps=6", fault="die@1:8")
         codes = run_.finish(60)
         assert codes[1] == -9 and codes[0] != 0
+        print(f"TOOK dead rank: {run_.seconds_since_fault():.1f} s")
         again = run(home, "dead", *STAGE_0, "save_every_n_steps=6")
         assert [row["step"] for row in again.rows()] == list(range(1, 25))
 
     def test_out_of_memory_says_where_and_what_would_help(self, home) -> None:
         run_ = start(home, "memory", *STAGE_0, fault="memory@*:3")
         assert set(run_.finish()) == {2}
+        print(f"TOOK out of memory: {run_.seconds_since_fault():.1f} s")
         assert 'after step 3, in "forward and backward" of samples ' in run_.text
         assert "the micro-batch is 16 samples x " in run_.text and "image patches 16 x 3 x 112 x 112" in run_.text
         assert "gradient_checkpointing=true" in run_.text and "batch_size_training=16 (now 32)" in run_.text

@@ -58,3 +58,11 @@ def test_a_disk_that_fills_up_costs_checkpoints_but_no_valid_one(home: Path, sma
     again = run(home, "full", *options, "max_checkpoints=1", ranks=1)
     assert "going on from " in again.text
     assert (small_disk / "full" / "stage_0" / "done.json").is_file()
+
+
+def test_offloaded_state_goes_on_where_it_was(home: Path) -> None:
+    unbroken = run(home, "on-device", "max_steps=6")
+    run(home, "offloaded", "max_steps=3", zero="zero3_offload")
+    assert losses(run(home, "offloaded", "max_steps=6", zero="zero3_offload")) == pytest.approx(
+        losses(unbroken), abs=1e-4
+    )
