@@ -256,7 +256,15 @@ def load_checkpoint(engine: Any, checkpoint: Checkpoint) -> None:
     """
     try:
         read_pieces(engine, checkpoint.folder, checkpoint.numbers)
-    except (OSError, SafetensorError, RuntimeError, ValueError, KeyError, TypeError) as error:
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; remove {checkpoint.folder} to go on from the one before") from error
+    except (
+        OSError,
+        SafetensorError,
+        ValueError,
+        KeyError,
+        TypeError,
+    ) as error:  # a dead rank's RuntimeError is none of it
         raise CheckpointError(
             f"{checkpoint.folder} cannot be loaded ({type(error).__name__}: {error}); remove it to go on "
             "from the one before"
