@@ -264,7 +264,7 @@ def load_checkpoint(engine: Any, checkpoint: Checkpoint) -> None:
         ValueError,
         KeyError,
         TypeError,
-    ) as error:  # a dead rank's RuntimeError is none of it
+    ) as error:
         raise CheckpointError(
             f"{checkpoint.folder} cannot be loaded ({type(error).__name__}: {error}); remove it to go on "
             "from the one before"
