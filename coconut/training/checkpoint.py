@@ -40,6 +40,8 @@ T = TypeVar("T")
 
 STATE_FILE = "state.json"
 MANIFEST_FILE = "manifest.json"
+#: What reading a damaged file raises. Not RuntimeError, which is what a rank gets whose neighbour died.
+UNREADABLE = (OSError, SafetensorError, ValueError, KeyError, TypeError)
 SPARE_BYTES = 1 << 20  # headers, state and manifest
 
 
@@ -258,13 +260,7 @@ def load_checkpoint(engine: Any, checkpoint: Checkpoint) -> None:
         read_pieces(engine, checkpoint.folder, checkpoint.numbers)
     except CheckpointError as error:
         raise CheckpointError(f"{error}; remove {checkpoint.folder} to go on from the one before") from error
-    except (
-        OSError,
-        SafetensorError,
-        ValueError,
-        KeyError,
-        TypeError,
-    ) as error:
+    except UNREADABLE as error:
         raise CheckpointError(
             f"{checkpoint.folder} cannot be loaded ({type(error).__name__}: {error}); remove it to go on "
             "from the one before"
