@@ -65,7 +65,8 @@ class TestRuns:
         assert (row["step"], row["fault"]) == (6, said)
         assert set(row["ranks"]) == {"0", "1"} and len(row["ranks"]["1"]["keys"]) == 16
         losses = [row["loss"] for row in run_.rows()]
-        assert len(losses) == 8 and all(loss == loss for loss in losses[:5] + losses[6:])
+        assert len(losses) == 8 and losses[5] is None and None not in losses[:5] + losses[6:]
+        assert "NaN" not in (run_.folder / "metrics.jsonl").read_text()
 
     def test_a_spike_is_skipped(self, home) -> None:
         run_ = run(home, "spike", *STAGE_0, fault="spike@0:20")
