@@ -5,8 +5,9 @@
     torchrun --nproc-per-node 2 launch/train.py ...     or, for debugging on one rank, python launch/train.py ...
 
 On a machine without GPUs `deepspeed --num_gpus 2` starts two ranks. Results go to RUN = save_path/name: metrics.jsonl,
-log.txt, checkpoints/, and RUN/stage_K/ and RUN/final/, which plain transformers loads. The same command goes on
-where a run was stopped.
+log.txt, checkpoints/, and RUN/stage_K/ and RUN/final/, which plain transformers loads. `touch RUN/stop` stops a run at
+its next step, with a checkpoint; the same command goes on where a run was stopped or died (docs/checkpoints.md).
+Exit codes: 0 done or stopped; 2 an error that a restart does not mend; 75 a rank hung; others: start again.
 """
 
 from __future__ import annotations

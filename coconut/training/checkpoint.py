@@ -40,6 +40,8 @@ T = TypeVar("T")
 
 STATE_FILE = "state.json"
 MANIFEST_FILE = "manifest.json"
+#: What reading a damaged file raises. Not RuntimeError, which is what a rank gets whose neighbour died.
+UNREADABLE = (OSError, SafetensorError, ValueError, KeyError, TypeError)
 SPARE_BYTES = 1 << 20  # headers, state and manifest
 
 
@@ -77,7 +79,7 @@ class CheckpointFolder:
         """
         final = self.folder / f"step-{state.step:08d}"
         partial = self.folder / f".{final.name}.partial"
-        on_main_first(lambda: _or_checkpoint_error(lambda: _make_empty(partial), final))
+        on_main_first(lambda: _or_checkpoint_error(lambda: self._make_room(partial), final))
         try:
             self._need_space(sum(all_reduce_sum([float(local_bytes(engine))])), final)
             files = _write_files(engine, partial, final)
@@ -95,6 +97,11 @@ class CheckpointFolder:
         on_main_first(lambda: _or_checkpoint_error(lambda: self._commit(partial, final, files, content), final))
         return final
 
+    def _make_room(self, partial: Path) -> None:
+        self._prune()  # a run that is told to keep fewer than before may need their place
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+
     def _need_space(self, n_bytes: float, final: Path) -> None:
         free = on_main_first(lambda: shutil.disk_usage(self.folder).free)
         if free < n_bytes + SPARE_BYTES:
@@ -108,10 +115,16 @@ class CheckpointFolder:
         files[STATE_FILE] = _sum_of(partial / STATE_FILE)
         write_json(partial / MANIFEST_FILE, {"files": files})
         replace_folder(partial, final)
+        self._prune(final)
+
+    def _prune(self, newest: Path | None = None) -> None:
+        """Remove what is too old; `newest` was just written, and stays even where its step is lower."""
         found = self.complete()
-        best = max(found, key=_goodness)
+        best = max(found, key=_goodness, default=None)
+        if best is not None and _goodness(best)[1] < 0:  # nothing was validated yet in its stage
+            best = None
         for old in found[: -self.keep]:
-            if old not in (final, best):
+            if old not in (newest, best):
                 doomed = old.with_name(f".{old.name}.partial")  # so that a half removed one is no checkpoint
                 old.rename(doomed)
                 shutil.rmtree(doomed)
@@ -193,11 +206,6 @@ def _write_files(engine: Any, partial: Path, final: Path) -> dict[str, Any]:
     return {name: found for files, _ in gathered for name, found in files.items()}
 
 
-def _make_empty(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-
-
 def _or_checkpoint_error(action: Callable[[], T], final: Path) -> T:
     try:
         return action()
@@ -250,7 +258,9 @@ def load_checkpoint(engine: Any, checkpoint: Checkpoint) -> None:
     """
     try:
         read_pieces(engine, checkpoint.folder, checkpoint.numbers)
-    except (OSError, SafetensorError, RuntimeError, ValueError, KeyError, TypeError) as error:
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; remove {checkpoint.folder} to go on from the one before") from error
+    except UNREADABLE as error:
         raise CheckpointError(
             f"{checkpoint.folder} cannot be loaded ({type(error).__name__}: {error}); remove it to go on "
             "from the one before"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,10 +41,17 @@ class MetricsWriter:
         """One row: ``kind`` is train, val, test, stage or anomaly."""
         if not is_main_process():
             return
-        row = {"kind": kind, **values}
+        row = _without_nan({"kind": kind, **values})
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
         log_to_wandb({f"{kind}/{name}": v for name, v in values.items() if isinstance(v, (int, float))}, values["step"])
+
+
+def _without_nan(value: Any) -> Any:
+    """Null in place of numbers that JSON has no word for; a row's ``fault`` says what they were."""
+    if isinstance(value, dict):
+        return {name: _without_nan(part) for name, part in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclass
@@ -57,10 +65,11 @@ class Totals:
     steps: int = 0
     started: float = field(default_factory=time.perf_counter)
 
-    def add(self, loss_sum: float, plan: StepPlan) -> None:
-        """One step more."""
-        self.loss_sum += loss_sum
-        self.label_tokens += plan.label_tokens
+    def add(self, loss_sum: float, plan: StepPlan, is_sound: bool) -> None:
+        """One step more; the loss of one whose update was dropped is in the row of the anomaly, not in the mean."""
+        if is_sound:
+            self.loss_sum += loss_sum
+            self.label_tokens += plan.label_tokens
         self.samples += plan.samples
         self.tokens += plan.tokens
         self.steps += 1
@@ -73,7 +82,7 @@ class Totals:
         """Mean loss a label token, and how fast it went."""
         seconds = max(self.seconds, 1e-9)
         return {
-            "loss": self.loss_sum / max(self.label_tokens, 1),
+            "loss": self.loss_sum / self.label_tokens if self.label_tokens else math.nan,
             "samples_per_s": self.samples / seconds,
             "tokens_per_s": self.tokens / seconds,
         }

@@ -109,10 +109,11 @@ def pieces(engine: Any) -> Iterator[Piece]:
             # Asking a defaultdict for a missing state would make one.
             state = base.state[flat] if flat in base.state else base.state.setdefault(flat, {})
             yield Piece(name, start, weight, offset, flat, state, writes)
-    persistent = set(engine.module.state_dict(keep_vars=True)) if not _is_zero3(engine) else None
-    for name, buffer in engine.module.named_buffers():
-        if (persistent is None or name in persistent) and buffer.numel():
-            yield Piece(name, 0, buffer.detach().view(-1), writes=is_main)
+    for prefix, module in engine.module.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set and buffer.numel():
+                full_name = f"{prefix}.{name}" if prefix else name
+                yield Piece(full_name, 0, buffer.detach().view(-1), writes=is_main)
 
 
 def _place_zero3(optimizer: Any, parameter: Any) -> Place:

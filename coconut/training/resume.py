@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from coconut.training.checkpoint import Checkpoint, CheckpointFolder, read_checkpoint
+from coconut.training.checkpoint import Checkpoint, CheckpointFolder, fault_of, read_checkpoint
 from coconut.training.metrics import METRICS_FILE, MetricsWriter
 from coconut.training.run_folder import hold_run, restore_replaced, set_aside
 from coconut.training.stop import StopRequests
-from coconut.types import ConfigError
+from coconut.types import CheckpointError, ConfigError
 from coconut.utils.distributed import on_main_first
 from coconut.utils.logging import get_logger
 
@@ -60,6 +60,8 @@ def find_start(checkpoints: CheckpointFolder, resume: str) -> Checkpoint | None:
         ConfigError: it is of a run with other settings.
     """
     folder = checkpoints.newest_valid() if resume == "auto" else None if resume == "none" else Path(resume)
+    if folder is not None and resume != "auto" and (fault := fault_of(folder)):
+        raise CheckpointError(f"resume = {resume}: {fault}; resume=auto takes the newest checkpoint that is whole")
     return on_main_first(lambda: _make_room(checkpoints, folder))
 
 

@@ -20,7 +20,7 @@ from coconut.types import ConfigError
 
 DONE_FILE = "done.json"
 
-_held: dict[Path, TextIO] = {}  # run folders that this process holds, until it ends or lets go
+_held: dict[Path, TextIO] = {}  # run folders that this process holds, until it ends
 
 
 def hold_run(run_dir: Path) -> bool:
@@ -53,13 +53,6 @@ def hold_run(run_dir: Path) -> bool:
     file.flush()
     _held[key] = file
     return True
-
-
-def release_run(run_dir: Path) -> None:
-    """Let go of a run folder before the process ends; nothing happens where it is not held."""
-    file = _held.pop(run_dir.resolve(), None)
-    if file is not None:
-        file.close()
 
 
 def is_stage_done(run_dir: Path, stage: int) -> bool:

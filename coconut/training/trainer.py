@@ -278,7 +278,7 @@ class MultimodalCoTTrainer:
             engine, self.model, micro_batches, plan, judge=judge, watchdog=self.watchdog, config=config
         )  # fmt: skip
         for totals in (whole, window):
-            totals.add(result.loss_sum, plan)
+            totals.add(result.loss_sum, plan, is_sound=result.fault is None)
         state.count(plan, self._flops(plan))
         self.watchdog.step = state.step
         if result.fault is None:

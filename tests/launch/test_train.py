@@ -114,6 +114,13 @@ def test_another_configuration_does_not_go_on_and_none_starts_anew(home: Path, u
     assert (folder / "old-1" / "checkpoints" / "step-00000003" / "state.json").is_file()
 
 
+def test_other_ranks_and_zero_stages_go_on(home: Path, unbroken: list[dict]) -> None:
+    train(home, "moved", "max_steps=6")
+    train(home, "moved", "max_steps=11", ranks=1, zero="zero2")
+    rows = train(home, "moved")
+    assert losses(rows) == pytest.approx(losses(unbroken), abs=1e-4)
+
+
 def test_a_run_per_stage_and_a_stop_file_give_the_unbroken_run(home: Path, unbroken: list[dict]) -> None:
     folder = home / "runs" / "staged"
     train(home, "staged", "stop_after_stage=0")

@@ -2,7 +2,7 @@
 
 A fault is ``kind@rank:step,step...``, several separated by blanks; a rank of ``*`` is every rank. Steps count the
 optimizer steps that were begun, from 0. Kinds: nan (the loss), gradient (not finite, the loss is), spike, stuck, die,
-memory.
+memory; and save, which dies at the n-th fsync or rename, that is inside the writing of a checkpoint, export or marker.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import signal
 import time
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +23,9 @@ def build_in(faults: str, rank: int) -> None:
     for fault in faults.split():
         kind, _, where = fault.partition("@")
         of_rank, _, steps = where.partition(":")
-        if of_rank in ("*", str(rank)):
+        if kind == "save" and of_rank in ("*", str(rank)):
+            _die_at_write(int(steps))
+        elif of_rank in ("*", str(rank)):
             plan |= {int(step): kind for step in steps.split(",")}
     if not plan:
         return
@@ -45,10 +48,32 @@ def partial_method(forward: Any, plan: dict[int, str], now: dict[str, int]) -> A
         output = forward(self, *args, **kwargs)
         kind = plan.get(now["step"]) if self.training else None
         if kind is not None:
+            print(f"\nFAULT {kind} {time.monotonic()}", flush=True)
             output.loss = KINDS[kind](output.loss)
         return output
 
     return failing
+
+
+def _die_at_write(number: int) -> None:
+    """Kill this process just before, or just after, a rename or an fsync: odd numbers before, even ones after."""
+    left = {"calls": number}
+
+    def dying(function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            left["calls"] -= 1
+            if left["calls"] == 0 and number % 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = function(*args, **kwargs)
+            if left["calls"] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        return call
+
+    os.fsync = dying(os.fsync)
+    Path.rename = dying(Path.rename)
+    Path.replace = dying(Path.replace)
 
 
 def _stuck(loss: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Ranks under some ZeRO stage that go on from each other's pieces.
 
-Arguments: folder, then moves such as write:2 (train under ZeRO-2, write) and read:3 (read under ZeRO-3, go on).
+Arguments: folder, then moves such as write:2 (train under ZeRO-2, write), read:3 (read under ZeRO-3, go on) and
+drop:1 (as write, but drop two updates in place of writing).
 Every rank sees the same data, so that the number of ranks changes nothing but rounding. Prints the losses as JSON.
 """
 
@@ -14,8 +15,9 @@ from typing import Any
 import deepspeed
 import torch
 
+from coconut.training.anomalies import guarded_update
 from coconut.training.engine import reset_optimizer
-from coconut.training.pieces import engine_numbers, local_bytes, read_pieces, write_pieces
+from coconut.training.pieces import engine_numbers, local_bytes, pieces, read_pieces, write_pieces
 from coconut.utils.distributed import all_gather_object, barrier, get_rank, init_distributed_training
 from tests.distributed.parity_worker import REALLY_PARTITIONED
 
@@ -30,6 +32,7 @@ class Net(torch.nn.Module):
         self.frozen.requires_grad_(False)
         self.last = torch.nn.Linear(7, 3, bias=False)
         self.register_buffer("steps", torch.zeros(1))
+        self.register_buffer("unsaved", torch.zeros(1), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.training:
@@ -62,12 +65,30 @@ def step(engine: Any, number: int) -> float:
     return float(loss.detach())
 
 
+def snapshot(engine: Any) -> dict[str, torch.Tensor]:
+    """Weights, moments and step counts, all but the buffer that counts forward passes."""
+    found = {}
+    for piece in pieces(engine):
+        tensors = {"weight": piece.weight, **piece.moments()}
+        found |= {f"{kind}/{piece.name}": value.clone() for kind, value in tensors.items() if piece.name != "steps"}
+        found |= {f"{kind}/{piece.name}": torch.tensor(number) for kind, number in piece.scalars().items()}
+    return found
+
+
+def dropped(engine: Any, poison: float) -> None:
+    """A step whose update is dropped: told to, or because its gradients are not finite."""
+    loss = engine(torch.full((4, 5), 7.0)) * poison
+    engine.backward(loss)
+    with guarded_update(engine, drop=poison == 1.0):
+        engine.step()
+
+
 def main(folder: Path, dtype: str, moves: list[str]) -> None:
     init_distributed_training(force=True)
     losses: dict[str, list[float]] = {}
     for move in moves:
         action, stage = move.split(":")
-        engine = build(int(stage), dtype, seed=1 if action == "write" else 2)
+        engine = build(int(stage), dtype, seed=2 if action == "read" else 1)
         if action == "write":
             losses[move] = [step(engine, number) for number in range(3)]
             if get_rank() == 0:
@@ -78,6 +99,13 @@ def main(folder: Path, dtype: str, moves: list[str]) -> None:
             if get_rank() == 0:
                 (folder / "numbers.json").write_text(json.dumps(engine_numbers(engine)))
             barrier()
+        elif action == "drop":
+            losses[move] = [step(engine, number) for number in range(3)]
+            before = snapshot(engine)
+            for poison in (1.0, float("nan")):
+                dropped(engine, poison)
+                assert not engine.was_step_applied()
+                assert all(torch.equal(before[name], value) for name, value in snapshot(engine).items())
         else:
             read_pieces(engine, folder, json.loads((folder / "numbers.json").read_text()))
             assert engine_numbers(engine) == json.loads((folder / "numbers.json").read_text())

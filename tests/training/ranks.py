@@ -37,9 +37,10 @@ class Run:
     folder: Path  # RUN
     output: Path
     started: float
+    ended: float = 0.0
 
     def finish(self, timeout_s: float = 300) -> list[int]:
-        """Exit codes (negative: the signal), once all ended; as a launcher, ends the others after a failure."""
+        """Exit codes (negative: the signal) once all have ended; ends the others after a failure."""
         end = time.monotonic() + timeout_s
         failed_at = None
         while any(process.is_alive() for process in self.processes):
@@ -49,6 +50,7 @@ class Run:
             if now > end or (failed_at is not None and now > failed_at + 5):
                 self.kill()
             time.sleep(0.05)
+        self.ended = time.monotonic()
         return [process.exitcode for process in self.processes]
 
     def kill(self, ranks: list[int] | None = None) -> None:
@@ -59,6 +61,11 @@ class Run:
     def rows(self, kind: str = "train") -> list[dict[str, Any]]:
         lines = (self.folder / "metrics.jsonl").read_text().splitlines()
         return [row for row in map(json.loads, lines) if row["kind"] == kind]
+
+    def seconds_since_fault(self) -> float:
+        """From the last fault to the end of the last rank; `finish` was called."""
+        last = [line for line in self.text.splitlines() if line.startswith("FAULT ")][-1]
+        return self.ended - float(last.split()[2])
 
     @property
     def text(self) -> str:

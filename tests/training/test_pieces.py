@@ -27,3 +27,10 @@ def test_every_layout_goes_on_from_every_other(tmp_path: Path, dtype: str, stage
     found |= {f"alone {move}": v for move, v in losses(tmp_path / "pieces", dtype, *EVERY_STAGE, ranks=1).items()}
     for move, after in found.items():
         assert after == pytest.approx(unbroken, rel=1e-5 if dtype == "fp32" else 1e-2), move
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_dropped_update_leaves_no_trace(tmp_path: Path, dtype: str) -> None:
+    found = losses(tmp_path / "pieces", dtype, "write:2", "drop:3", "drop:2", "drop:1", "drop:0", ranks=2)
+    for move, after in found.items():
+        assert after == pytest.approx(found["write:2"], rel=1e-5 if dtype == "fp32" else 1e-2), move

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from coconut.training.run_folder import hold_run, release_run, replace_folder, restore_replaced, set_aside
+from coconut.training.run_folder import hold_run, replace_folder, restore_replaced, set_aside
 from coconut.types import ConfigError
 
 
@@ -57,4 +57,3 @@ def test_one_run_at_a_time_in_a_folder_and_the_holder_is_named(tmp_path: Path, p
         holder.stdin.close()
     assert hold_run(tmp_path)
     assert not hold_run(tmp_path)  # this process has it
-    release_run(tmp_path)
