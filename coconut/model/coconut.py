@@ -17,7 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from coconut.model import loading
-from coconut.model.backbone import normalise_pixels, wrap_backbone
+from coconut.model.backbones import normalise_pixels, wrap_backbone
 from coconut.model.generate import generation_settings, left_pad, wrap_questions
 from coconut.model.loss import label_loss, label_positions, n_chunks
 from coconut.model.multipass import PassOutput, ThoughtTransform, checkpoint_layers, run_passes
@@ -257,7 +257,7 @@ class MultimodalCoconut(nn.Module):
             attention_mask = nn.functional.pad(attention_mask, (0, pad), value=0)
             position_ids = None if position_ids is None else nn.functional.pad(position_ids, (0, pad), value=0)
         if position_ids is None:
-            position_ids = self.backbone.position_ids(attention_mask)
+            position_ids = self.backbone.position_ids(input_ids, attention_mask)
         if pixel_values is not None:
             visual_features = self.encode_images(pixel_values)
         elif see_nothing:
@@ -380,6 +380,7 @@ class MultimodalCoconut(nn.Module):
         cache = output.cache.to_dynamic(self.backbone.text_config)
         cache.batch_repeat_interleave(max(settings.num_beams or 1, settings.num_return_sequences or 1))
         extra = {k: v for k, v in generate_kwargs.items() if not hasattr(settings, k)}
+        self.backbone.prepare_decoding(input_ids, mask)
         ids = self.base_model.generate(
             input_ids=input_ids,
             attention_mask=mask,
