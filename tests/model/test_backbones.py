@@ -162,6 +162,14 @@ def test_qwen2_5_vl_greedy_equals_the_naive_loop(seed: int) -> None:
         assert ours[: len(theirs)] == theirs
 
 
+def test_transformers_is_told_how_far_positions_lag() -> None:
+    """Each tile takes 4 tokens but 2 positions; without being told, decoding would go on from the count of tokens."""
+    model = wrap(tiny_qwen2_5_vl()).eval()
+    ids = torch.tensor([[5, *[IMAGE] * (3 * TOKENS_PER_PATCH), 7]])
+    model.generate(torch.zeros(3, 3, TILE, TILE), ids, do_sample=False, max_new_tokens=2)
+    assert model.base_model.model.rope_deltas.tolist() == [[-3 * 2]]
+
+
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 def test_sliding_window_attention(attn: str) -> None:
     torch.manual_seed(0)

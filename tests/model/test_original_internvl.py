@@ -1,4 +1,4 @@
-"""The original InternVL3 layout, written here from its published configuration (shrunk), loads and exports bit for bit."""
+"""The original InternVL3 layout, written here from its published configuration, loads and exports bit for bit."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from coconut.model import MultimodalCoconut
 from coconut.model.backbones.original_internvl import export_original
 from coconut.model.tiny import build_word_tokenizer
 from coconut.types import CheckpointError
+from tests.distributed.launcher import run_ranks
 
 DIM, LAYERS, HEADS, TEXT, TILE, PATCH = 32, 2, 2, 32, 56, 14
 TOKENS = (TILE // PATCH // 2) ** 2
 
 
-def layout(vocabulary: int) -> tuple[dict, dict[str, Tensor]]:
+def layout(vocabulary: int, mlp: int = 64, layers: int = 2) -> tuple[dict, dict[str, Tensor]]:
     """config.json and random weights, named and shaped as in OpenGVLab/InternVL3-1B-Pretrained."""
-    text = dict(architectures=["Qwen2ForCausalLM"], model_type="qwen2", hidden_size=TEXT, intermediate_size=64,
-                num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=vocabulary,
+    text = dict(architectures=["Qwen2ForCausalLM"], model_type="qwen2", hidden_size=TEXT, intermediate_size=mlp,
+                num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2, vocab_size=vocabulary,
                 rms_norm_eps=1e-6, rope_theta=1e6, rope_scaling=dict(factor=2.0, rope_type="dynamic", type="dynamic"),
                 max_position_embeddings=512, tie_word_embeddings=False, torch_dtype="bfloat16")  # fmt: skip
     vision = dict(architectures=["InternVisionModel"], model_type="intern_vit_6b", hidden_size=DIM, image_size=TILE,
@@ -135,3 +136,18 @@ def test_faults_are_named(folder: Path) -> None:
     (folder / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(CheckpointError, match="pickled weights"):
         MultimodalCoconut.from_pretrained(folder)
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_two_ranks_load_it_partitioned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond its partition each rank adds less than two shard files of 45 MB; the whole is 230 MB."""
+    # Else glibc keeps freed memory in its heap, and the peak counts what is no longer in use.
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "1000000")
+    tokenizer = build_word_tokenizer(("\n", "red", "blue"))
+    config, weights = layout(len(tokenizer), mlp=100_000, layers=12)
+    tokenizer.save_pretrained(tmp_path)
+    save_torch_state_dict(weights, tmp_path, max_shard_size="50MB")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    output = run_ranks("tests.distributed.original_worker", str(tmp_path), str(90_000_000))
+    assert output.count("weights all equal") == 2
