@@ -45,7 +45,13 @@ _VISION = (
     ("lambda_", "ls"),
 )
 _PROJECTOR = {"layer_norm": "mlp1.0", "linear_1": "mlp1.1", "linear_2": "mlp1.3"}
-_VISION_KEYS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "image_size")
+_VISION_KEYS: tuple[str, ...] = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "image_size",
+)
 _VISION_KEYS += ("patch_size", "num_channels", "hidden_act", "layer_norm_eps", "norm_type", "initializer_range")
 
 
