@@ -18,7 +18,7 @@ import torch
 from coconut.data.image import ImageProcessor
 from coconut.evaluation.card import model_card, public_config
 from coconut.evaluation.collect import read_evaluation
-from coconut.model.backbone import backbone_class, normalise_pixels
+from coconut.model.backbones import backbone_class, normalise_pixels
 from coconut.model.coconut import MultimodalCoconut
 from coconut.types import LATENT_TOKEN, CheckpointError, ConfigError, StageSpec
 

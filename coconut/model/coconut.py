@@ -18,7 +18,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from coconut.model import loading
 from coconut.model.auxiliary import AuxiliaryLoss, ThoughtContext
-from coconut.model.backbone import normalise_pixels, wrap_backbone
+from coconut.model.backbones import normalise_pixels, wrap_backbone
 from coconut.model.feedback import build_feedback
 from coconut.model.generate import generation_settings, left_pad, wrap_questions
 from coconut.model.loop import LatentLoop, gathered
@@ -335,7 +335,7 @@ class MultimodalCoconut(nn.Module):
             attention_mask = nn.functional.pad(attention_mask, (0, pad), value=0)
             position_ids = None if position_ids is None else nn.functional.pad(position_ids, (0, pad), value=0)
         if position_ids is None:
-            position_ids = self.backbone.position_ids(attention_mask)
+            position_ids = self.backbone.position_ids(input_ids, attention_mask)
         embeds_BLH = self.backbone.embed(input_ids)
         embeds_BLH = insert_images(embeds_BLH, input_ids, self.backbone.image_token_id, visual_features)
         output = self.loop.run(
@@ -437,6 +437,7 @@ class MultimodalCoconut(nn.Module):
         )
         cache = output.cache.to_dynamic(self.backbone.text_config)
         cache.batch_repeat_interleave(max(settings.num_beams or 1, settings.num_return_sequences or 1))
+        self.backbone.prepare_decoding(input_ids, mask)
         ids = self.base_model.generate(
             input_ids=input_ids,
             attention_mask=mask,

@@ -18,12 +18,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from coconut.config.deepspeed import zero_stage
 from coconut.model import custom_generate
 from coconut.model.auxiliary import load_auxiliary_loss
-from coconut.model.backbone import Backbone, InternVLBackbone, backbone_class
+from coconut.model.backbones import backbone_class, original_internvl
+from coconut.model.backbones.base import Backbone
+from coconut.model.backbones.internvl import InternVLBackbone
 from coconut.types import CheckpointError, ConfigError, PromptTemplate, StageSpec
 from coconut.utils.distributed import get_world_size, init_distributed_training
 from coconut.utils.logging import get_logger
@@ -44,7 +46,13 @@ def load_model(cls: type[MultimodalCoconut], model_id: str | Path, config: Any =
     tokenizer = load_tokenizer(str(model_id))
     start_id, latent_id, end_id = special_token_ids(tokenizer)
     try:
-        hf_config = AutoConfig.from_pretrained(str(model_id))
+        raw_config, _ = PreTrainedConfig.get_config_dict(str(model_id))
+        is_original = raw_config.get("model_type") == original_internvl.MODEL_TYPE
+        if is_original:
+            image_token_id = tokenizer.convert_tokens_to_ids(original_internvl.CONTEXT_TOKEN)
+            hf_config = original_internvl.convert_config(raw_config, image_token_id)
+        else:
+            hf_config = AutoConfig.from_pretrained(str(model_id))
     except (OSError, ValueError) as error:
         raise ConfigError(f"model_id {str(model_id)!r} has no readable config.json: {error}") from error
     adapter = backbone_class(hf_config.model_type)
@@ -55,7 +63,10 @@ def load_model(cls: type[MultimodalCoconut], model_id: str | Path, config: Any =
         options["attn_implementation"] = config.attn_implementation
         keep_alive = _enter_zero3(config, hf_config)
     try:
-        base_model = adapter.auto_class.from_pretrained(str(model_id), **options)
+        if is_original:
+            base_model = original_internvl.load_original(str(model_id), raw_config, image_token_id, options)
+        else:
+            base_model = adapter.auto_class.from_pretrained(str(model_id), **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"cannot load weights from {str(model_id)!r}: {error}") from error
     init_token = getattr(config, "latent_init_token", None) if config is not None else None

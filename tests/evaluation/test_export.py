@@ -67,7 +67,7 @@ def test_transformers_own_processor_makes_the_prompt_of_the_training(maze: Maze,
     from PIL import Image
     from transformers import AutoProcessor
 
-    from coconut.model.backbone import normalise_pixels
+    from coconut.model.backbones import normalise_pixels
 
     out = tmp_path / "out"
     assert script.main(["--checkpoint", str(maze.checkpoints[4]), "--out", str(out)]) == 0
