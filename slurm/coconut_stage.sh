@@ -18,7 +18,8 @@
 # From the project's folder. The same command goes on where the run stands. Never edit this file: options on the command
 # line and SBATCH_... variables win over the lines above; all other settings are in slurm/site.example.sh.
 # docs/slurm.md draws the life of an array.
-set -euo pipefail
+set -eEuo pipefail
+trap 'echo "error: line $LINENO of ${BASH_SOURCE[0]##*/}: $BASH_COMMAND" >&2' ERR
 ROOT=${COCONUT_ROOT:-${SLURM_SUBMIT_DIR:-$PWD}}
 [ -f "$ROOT/slurm/lib.sh" ] || {
   echo "error: $ROOT is not the project's folder; submit from there, or set COCONUT_ROOT" >&2

@@ -126,7 +126,9 @@ read_run() {
 stage_done() { [ -f "$RUN/stage_$1/done.json" ]; }
 # The last stage is followed by the test and RUN/final.
 is_finished() { stage_done "$STAGE" && { [ "$STAGE" != "$LAST" ] || [ -f "$RUN/final/coconut.json" ]; }; }
-newest_checkpoint() { find "$RUN/checkpoints" -maxdepth 1 -type d -name 'step-*' 2>/dev/null | sort | tail -n 1; }
+newest_checkpoint() {
+  { find "$RUN/checkpoints" -maxdepth 1 -type d -name 'step-*' 2>/dev/null || true; } | sort | tail -n 1
+}
 
 # One line a happening, for people and for `slurm/submit.sh --status`.
 note() {
