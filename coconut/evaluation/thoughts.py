@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from coconut.evaluation.interventions import thought_numbers
+from coconut.model.multipass import CACHE_ARGUMENT
 from coconut.types import Sample
 
 if TYPE_CHECKING:
@@ -168,7 +169,7 @@ def _read_on(model: MultimodalCoconut, memory: Memory, ids_BT: Tensor, cache: Dy
     mask = torch.cat([memory.mask_BC, memory.mask_BC.new_ones(rows, n_read + length)], dim=1)
     position_BT = memory.position_B[:, None] + n_read + torch.arange(length, device=ids_BT.device)
     output = model.base_model(
-        input_ids=ids_BT, attention_mask=mask, position_ids=position_BT, past_key_values=cache, use_cache=True
+        input_ids=ids_BT, attention_mask=mask, position_ids=position_BT, use_cache=True, **{CACHE_ARGUMENT: cache}
     )
     logits: Tensor = output.logits
     return logits
