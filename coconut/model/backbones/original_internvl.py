@@ -12,6 +12,7 @@ one of them beside its own partition.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import re
 from collections import defaultdict
@@ -136,6 +137,7 @@ def load_original(
     options = dict(options)
     if options["dtype"] == "auto":
         options["dtype"] = getattr(torch, original.get("torch_dtype") or original.get("dtype") or "float32")
+    _hand_back_freed_memory()
     model = InternVLForConditionalGeneration._from_config(convert_config(original, image_token_id), **options)
     shards, wanted = shards_of(model_id), defaultdict(list)
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
@@ -153,6 +155,20 @@ def load_original(
             for name, key, part in entries:
                 _fill(parameters[name], file.get_slice(key), part, key)
     return model
+
+
+def _hand_back_freed_memory() -> None:
+    """Let glibc give tensors of a megabyte and more back to the system when they are freed.
+
+    It raises that limit by itself, up to 32 MB, and would keep several shard files of weights that have gone into
+    their partitions long since.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another system's C library has no such setting
+        ctypes.CDLL("libc.so.6").mallopt(_M_MMAP_THRESHOLD, 1_000_000)
+
+
+#: <malloc.h>
+_M_MMAP_THRESHOLD = -3
 
 
 def _fill(parameter: Tensor, source: Any, part: int | None, key: str) -> None:
