@@ -262,6 +262,7 @@ class MultimodalCoconut(nn.Module):
             visual_features,
             n_calls,
             position_ids=position_ids,
+            use_cache=bool(use_cache),
             thought_transform=thought_transform,
             output_hidden_states=bool(output_hidden_states),
             output_attentions=bool(output_attentions),
@@ -286,7 +287,7 @@ class MultimodalCoconut(nn.Module):
         result = CoconutOutput(
             loss=loss,
             logits=logits,
-            past_key_values=output.cache.to_dynamic(self.backbone.text_config) if use_cache else None,
+            past_key_values=output.cache.to_dynamic(self.backbone.text_config) if use_cache and output.cache else None,
             hidden_states=output.hidden_states or None,
             attentions=output.attentions or None,
             thoughts=output.thoughts_BKH if output_thoughts else None,
@@ -323,6 +324,7 @@ class MultimodalCoconut(nn.Module):
         n_calls: int | None,
         *,
         position_ids: Tensor | None = None,
+        use_cache: bool = True,
         thought_transform: ThoughtTransform | None = None,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
@@ -344,6 +346,7 @@ class MultimodalCoconut(nn.Module):
             position_ids,
             cut_into_passes(columns, input_ids.shape[1], n_calls, self.loop.iterations),
             input_ids == self.latent_token_id,
+            use_cache=use_cache,
             thought_transform=thought_transform,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
@@ -435,6 +438,7 @@ class MultimodalCoconut(nn.Module):
             n_calls,
             thought_transform=thought_transform,
         )
+        assert output.cache is not None
         cache = output.cache.to_dynamic(self.backbone.text_config)
         cache.batch_repeat_interleave(max(settings.num_beams or 1, settings.num_return_sequences or 1))
         self.backbone.prepare_decoding(input_ids, mask)

@@ -65,15 +65,21 @@ class LatentLoop(nn.Module):
         segments: Sequence[Segment],
         is_latent_BL: Tensor,
         *,
+        use_cache: bool = True,
         thought_transform: ThoughtTransform | None = None,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
     ) -> PassOutput:
-        """See `run_passes`."""
+        """See `run_passes`.
+
+        Args:
+            use_cache: return the keys and values. Without it a single pass, which needs none itself, keeps none.
+        """
         if torch.is_grad_enabled() and not embeds_BLH.requires_grad:
             # A leaf's gradients are reduced when those of its inputs are there; so they must be asked for.
             embeds_BLH = embeds_BLH.detach().requires_grad_()
-        cache = PassCache(self.decoder.config.num_hidden_layers, embeds_BLH.shape[1])
+        n_layers = self.decoder.config.num_hidden_layers
+        cache = PassCache(n_layers, embeds_BLH.shape[1]) if use_cache or len(segments) > 1 else None
         tensors = self(
             embeds_BLH,
             attention_mask_BL=attention_mask_BL,
@@ -86,7 +92,7 @@ class LatentLoop(nn.Module):
             output_attentions=output_attentions,
         )
         hidden_BLH, thoughts_BKH, *rest = tensors
-        n_states = len(rest) - output_attentions * len(cache.parts)
+        n_states = len(rest) - output_attentions * n_layers
         return PassOutput(hidden_BLH, thoughts_BKH, cache, tuple(rest[:n_states]), tuple(rest[n_states:]))
 
     def forward(self, embeds_BLH: Tensor, **options: Any) -> tuple[Tensor, ...]:

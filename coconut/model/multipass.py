@@ -142,7 +142,7 @@ class PassOutput:
 
     hidden_BLH: Tensor  # after the final norm
     thoughts_BKH: Tensor  # what was fed back, one column a latent column
-    cache: PassCache
+    cache: PassCache | None  # None where no later pass and no caller needs it
     hidden_states: tuple[Tensor, ...] = ()  # per layer [B, L, H]
     attentions: tuple[Tensor, ...] = ()  # per layer [B, heads, L, L]
 
@@ -154,7 +154,7 @@ def run_passes(
     position_ids: Tensor,
     segments: Sequence[Segment],
     is_latent_BL: Tensor,
-    cache: PassCache,
+    cache: PassCache | None,
     *,
     feedback: Feedback | None = None,
     thought_transform: ThoughtTransform | None = None,
@@ -171,7 +171,7 @@ def run_passes(
         position_ids: [B, L], or [axes, B, L] for multi-axis rotary embeddings.
         segments: from `spans.cut_into_passes`.
         is_latent_BL: which positions are latents.
-        cache: an empty one; holds the keys and values of all columns afterwards.
+        cache: an empty one; holds the keys and values of all columns afterwards. May be None for a single segment.
         feedback: maps the hidden states [B, q, H] to the embeddings that continue them; None feeds them back as they
             are (the paper).
         thought_transform: replaces the thoughts; for experiments on what they carry.
@@ -187,8 +187,8 @@ def run_passes(
             inputs_embeds=embeds_BqH,
             attention_mask=attention_mask_BL[:, :end],
             position_ids=position_ids[..., start:end],
-            use_cache=True,
-            **{CACHE_ARGUMENT: cache.view(index, keep)},
+            use_cache=cache is not None,
+            **({} if cache is None else {CACHE_ARGUMENT: cache.view(index, keep)}),
             **options,
         )
 

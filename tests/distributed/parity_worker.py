@@ -10,7 +10,6 @@ from __future__ import annotations
 import random
 import sys
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from unittest import mock
 
 import torch
@@ -73,7 +72,7 @@ def tensors_of(rows: list[dict]) -> dict:
 
 
 @contextmanager
-def sabotage(model: MultimodalCoconut, special: set[str]):
+def sabotage(special: set[str]):
     """Cut the gradient where public code cuts it: through the thoughts, or through the cache."""
     update = multipass._PassLayer.update
 
@@ -81,13 +80,10 @@ def sabotage(model: MultimodalCoconut, special: set[str]):
         self.parts[:] = [(k.detach(), v.detach()) for k, v in self.parts]
         return update(self, keys, values, *args, **kwargs)
 
-    run = partial(model._run, thought_transform=lambda thought, k: thought.detach())
     with ExitStack() as faults:
-        if "cut-thoughts" in special:
-            faults.enter_context(mock.patch.object(model, "_run", run))
-        elif "cut-cache" in special:
+        if "cut-cache" in special:
             faults.enter_context(mock.patch.object(multipass._PassLayer, "update", detached))
-        yield
+        yield {"thought_transform": lambda thought, k: thought.detach()} if "cut-thoughts" in special else {}
 
 
 def zero_settings(stage: int, special: set[str]) -> dict:
@@ -122,8 +118,10 @@ def main(stage: int, situations: int, seed: int, special: set[str]) -> None:
         ranks = situation(seed + number)
         mine = ranks[get_rank()]
         labels = sum(token != -100 for rows in ranks for row in rows for token in row["labels"][1:])
-        with sabotage(model, special):
-            out = engine(**tensors_of(mine), loss_only=True, num_items_in_batch=max(labels, 1) / get_world_size())
+        with sabotage(special) as extra:
+            out = engine(
+                **tensors_of(mine), loss_only=True, num_items_in_batch=max(labels, 1) / get_world_size(), **extra
+            )
         if stage == 3:
             released += sum(p.numel() == 0 for p in model.parameters())
         engine.backward(out.loss, scale_wrt_gas=False)
