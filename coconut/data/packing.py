@@ -1,4 +1,4 @@
-"""Samples packed into slots of like length up to a cost budget, and slots gathered into steps; no state, no draw of its own.
+"""Samples packed into slots of like length up to a cost budget, and slots gathered into steps; pure.
 
     samples --like_length_order--> a row in which neighbours are of like length
             --cut--> slots: consecutive samples that together cost at most the budget

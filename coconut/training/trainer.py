@@ -54,8 +54,8 @@ logger = get_logger(__name__)
 #: What a run keeps from its first step to its last; a checkpoint written with other values is of another run.
 FIXED_SETTINGS = (
     "seed", "method", "c_thought", "max_latent_stage", "pad_latent_to_max", "model_id", "load_model_path",
-    "train_data_path", "max_train_samples", "samples_per_epoch", "image_size", "max_num_patches", "use_thumbnail",
-    "dynamic_preprocess", "prompt_format", "bf16", "fp16",
+    "train_data_path", "max_train_samples", "samples_per_epoch", "balance", "image_size", "max_num_patches",
+    "use_thumbnail", "dynamic_preprocess", "prompt_format", "bf16", "fp16",
 )  # fmt: skip
 
 
@@ -103,6 +103,7 @@ class MultimodalCoTTrainer:
             folder, self.state = start
             load_checkpoint(engine, folder)
         self.state.samples_per_step = self.geometry.samples
+        self.state.group = self.state.group or get_world_size()
         if is_main_process():
             self.config.save(self.run_dir / "config.yaml")
         return engine
@@ -135,7 +136,7 @@ class MultimodalCoTTrainer:
             state.steps_since_reset = 0
         self.model.stage_spec = self.stages.spec(stage)
         while not state.stage_done and not self._out_of_budget():
-            loader = self.inputs.train_loader(stage, state.epoch, state.epoch_step, self.geometry)
+            loader = self.inputs.train_loader(stage, state.epoch, state.epoch_step, self.geometry, state.group)
             self.train_epoch(state.epoch, loader)
             if state.epoch_step < len(loader.plan):  # max_steps fell inside the epoch
                 break
