@@ -135,6 +135,11 @@ class Schema(BaseModel):
     samples_per_epoch: Int | None = Field(
         None, ge=1, description="samples that count as an epoch; null = the whole training set"
     )
+    balance: Literal["none", "count", "cost"] = Field(
+        "count",
+        description="micro-batches of one step: count: equal numbers of samples, dealt by cost; none: as they come; "
+        "cost: of like length up to a cost budget, batch_size_training samples on average; steps vary more in length",
+    )
     max_steps: Int | None = Field(None, ge=1, description="optimizer steps after which the run ends; null = no limit")
     stop_after_stage: Int | None = Field(
         None, ge=0, description="stage after which the run ends, without scoring the test data; null = after the last"

@@ -9,6 +9,10 @@ once a pass, whatever the epoch's length. A step takes the next samples of the r
 *slots*, the micro-batches that all ranks together run before the optimizer steps: equal counts, give or
 take one, and about equal cost. Rank r of W runs the slots s with s % W == r, so neither the samples of a
 step nor those of a slot depend on the number of ranks, and a position is two integers: epoch and step.
+
+With ``balance="cost"`` the number of samples in a slot varies instead (`packing`): pools of the row are packed into
+slots of like length, and slots that run at the same time cost the same. A step then holds fewer long samples or more
+short ones, so its mean length varies more from step to step than a shuffle's would.
 """
 
 from __future__ import annotations
@@ -21,7 +25,12 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from coconut.data import packing
 from coconut.types import DataError
+
+BALANCES = ("none", "count", "cost")
+#: Samples that are packed together; enough for groups of equal cost, few enough to sort in a moment.
+POOL = 1 << 17
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,12 +42,16 @@ class EpochPlan:
         costs: [samples of the data set], the cost of each.
         slots: micro-batches a step, over all ranks.
         n_steps: optimizer steps of the epoch.
+        starts: int64 [n_steps * slots + 1], where each slot begins in `order`; None deals a step when it is asked for.
+        is_balanced: whether dealing looks at costs.
     """
 
     order: NDArray[np.int64]
     costs: NDArray[np.float64]
     slots: int
     n_steps: int
+    starts: NDArray[np.int64] | None = None
+    is_balanced: bool = True
 
     def __len__(self) -> int:
         return self.n_steps
@@ -47,13 +60,19 @@ class EpochPlan:
         """All samples of an optimizer step, before they are dealt to slots."""
         if not 0 <= step < self.n_steps:
             raise IndexError(f"step {step} of an epoch of {self.n_steps}")
+        if self.starts is not None:
+            return self.order[self.starts[step * self.slots] : self.starts[(step + 1) * self.slots]]
         # Spread evenly, so that no epoch ends in a step of a few samples with a noisy gradient.
         n_samples = len(self.order)
         return self.order[step * n_samples // self.n_steps : (step + 1) * n_samples // self.n_steps]
 
     def step(self, step: int) -> list[NDArray[np.int64]]:
         """The samples of each of the step's slots; slots are empty where samples are fewer than slots."""
-        return deal(self.samples(step), self.costs, self.slots)
+        samples = self.samples(step)
+        if self.starts is not None:
+            ends = self.starts[step * self.slots : (step + 1) * self.slots + 1]
+            return np.split(samples, ends[1:-1] - ends[0])
+        return deal(samples, self.costs, self.slots) if self.is_balanced else np.array_split(samples, self.slots)
 
 
 def make_plan(
@@ -64,6 +83,9 @@ def make_plan(
     slots: int,
     samples_per_step: int,
     samples_per_epoch: int | None = None,
+    balance: str = "count",
+    group: int = 1,
+    lengths: tuple[NDArray, NDArray] | None = None,
 ) -> EpochPlan:
     """Plan an epoch.
 
@@ -72,12 +94,18 @@ def make_plan(
         seed: draws the order of every pass.
         epoch: counted from 0.
         slots: micro-batches of an optimizer step over all ranks.
-        samples_per_step: most samples of an optimizer step over all ranks.
+        samples_per_step: most samples of an optimizer step over all ranks; with ``cost``, their mean.
         samples_per_epoch: length of an epoch; None is the whole data set.
+        balance: ``none`` takes samples as they come, ``count`` deals equal counts of about equal cost, ``cost`` packs
+            samples of like length up to a cost budget.
+        group: with ``cost``, slots that run at the same time; divides `slots`.
+        lengths: with ``cost``, tokens of each sample's prompt and of what follows it, [samples] each.
 
     Raises:
-        DataError: zero samples, or a number below 1.
+        DataError: zero samples, a number below 1, or an unknown balance.
     """
+    if balance not in BALANCES:
+        raise DataError(f"balance is {balance!r}; choose {', '.join(BALANCES)}")
     n_samples = len(costs)
     if n_samples == 0:
         raise DataError("there are zero samples to plan an epoch of")
@@ -96,12 +124,55 @@ def make_plan(
         start = number * n_samples
         order = pass_order(n_samples, seed, number)
         pieces.append(order[max(first - start, 0) : min(last - start, n_samples)])
-    return EpochPlan(
-        order=pieces[0] if len(pieces) == 1 else np.concatenate(pieces),
-        costs=np.asarray(costs, dtype=np.float64),
-        slots=slots,
-        n_steps=-(-length // samples_per_step),
-    )
+    order = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+    costs = np.asarray(costs, dtype=np.float64)
+    if balance == "cost":
+        if slots % group:
+            raise DataError(f"group is {group}; it must divide the {slots} slots of a step")
+        prompts, tails = lengths if lengths is not None else (costs, np.zeros(n_samples))
+        return _packed(order, costs, prompts, tails, slots, samples_per_step / slots, group, f"{seed}\0{epoch}")
+    return EpochPlan(order, costs, slots, -(-length // samples_per_step), is_balanced=balance == "count")
+
+
+def _packed(
+    row: NDArray[np.int64],
+    costs: NDArray[np.float64],
+    prompts: NDArray,
+    tails: NDArray,
+    slots: int,
+    mean_samples: float,
+    group: int,
+    name: str,
+) -> EpochPlan:
+    """The epoch whose samples are `row`, packed pool by pool."""
+    budget = budget_of(costs, prompts, tails, mean_samples)
+    orders, sizes = [], []
+    n_pools = -(-len(row) // POOL)
+    for number in range(n_pools):
+        pool = row[number * len(row) // n_pools : (number + 1) * len(row) // n_pools]
+        pool = pool[packing.like_length_order(prompts[pool], tails[pool])]
+        starts = packing.fill(packing.cut(costs[pool], budget), costs[pool], slots)
+        draws = hashed(len(starts) - 1, f"slots\0{name}\0{number}")
+        chosen = packing.arrange(starts, costs[pool], prompts[pool] + tails[pool], slots, group, draws).reshape(-1)
+        counts = np.diff(starts)[chosen]
+        begins = np.cumsum(counts) - counts
+        orders.append(pool[np.repeat(starts[chosen] - begins, counts) + np.arange(len(pool))])
+        sizes.append(counts)
+    starts = np.concatenate([[0], np.cumsum(np.concatenate(sizes))])
+    return EpochPlan(np.concatenate(orders), costs, slots, (len(starts) - 1) // slots, starts)
+
+
+def budget_of(costs: NDArray[np.float64], prompts: NDArray, tails: NDArray, mean_samples: float) -> float:
+    """The cost of a slot, at most: so that slots hold `mean_samples` on average.
+
+    For one sample a slot it is the costliest sample, as nothing smaller could hold all. A sample above the budget has
+    a slot of its own. A function of the data set alone: the same at every start.
+    """
+    if mean_samples <= 1:
+        return float(costs.max())
+    some = np.arange(len(costs))[:: -(-len(costs) // POOL)]
+    some = some[packing.like_length_order(prompts[some], tails[some])]
+    return packing.budget_for(costs[some], mean_samples)
 
 
 @lru_cache(maxsize=2)  # the epochs of one pass follow each other
@@ -111,16 +182,21 @@ def pass_order(n_samples: int, seed: int, number: int) -> NDArray[np.int64]:
     Sorts by a hash (splitmix64) rather than asking a library's generator, whose streams may change with
     its version: a run that is resumed after an upgrade must see the samples it would have seen.
     """
-    key = hashlib.sha256(f"pass-order\0{seed}\0{number}".encode()).digest()
-    start = np.uint64(int.from_bytes(key[:8], "big"))
-    with np.errstate(over="ignore"):  # arithmetic is modulo 2**64
-        mixed = start + (np.arange(n_samples, dtype=np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        mixed ^= mixed >> np.uint64(31)
-    order = np.argsort(mixed, kind="stable")
+    order = np.argsort(hashed(n_samples, f"pass-order\0{seed}\0{number}"), kind="stable")
     order.setflags(write=False)  # it is shared through the cache
     return order
+
+
+def hashed(n: int, name: str) -> NDArray[np.uint64]:
+    """A pseudo-random number for each of 0 .. n-1, by `name` alone."""
+    key = hashlib.sha256(name.encode()).digest()
+    start = np.uint64(int.from_bytes(key[:8], "big"))
+    with np.errstate(over="ignore"):  # arithmetic is modulo 2**64
+        mixed = start + (np.arange(n, dtype=np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed ^= mixed >> np.uint64(31)
+    return mixed
 
 
 def deal(samples: NDArray[np.int64], costs: NDArray[np.float64], slots: int) -> list[NDArray[np.int64]]:

@@ -76,6 +76,11 @@ class ShardReader:
         patches = self.index.patches(num_patches) if len(self.index.images) else np.zeros(len(self), dtype=np.int64)
         return 1.0 + self.index.text_chars() / _CHARS_PER_TOKEN + patches * float(tokens_per_patch)
 
+    def tail_tokens(self) -> NDArray[np.float64]:
+        """Estimated tokens of every sample's steps and answer: what follows the prompt."""
+        tails = self.index.text_chars() - self.index.rows["question_chars"]
+        return np.asarray(tails / _CHARS_PER_TOKEN, dtype=np.float64)
+
     def read(self, index: int) -> Sample:
         """One sample, its images as encoded bytes.
 

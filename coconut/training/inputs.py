@@ -5,6 +5,7 @@ train_data_path --open_dataset--> ShardReader --costs, make_plan(epoch)--> Strea
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -93,17 +94,27 @@ class TrainingInputs:
         self.validation = open_split(config, "val_data_path", encoder, config.max_val_samples)
         self.test = open_split(config, "test_data_path", encoder)
 
-    def train_loader(self, stage: int, epoch: int, start_step: int, geometry: BatchGeometry) -> StreamLoader:
-        """Micro-batches of one epoch from optimizer step `start_step` on; the same steps on every rank."""
+    def train_loader(
+        self, stage: int, epoch: int, start_step: int, geometry: BatchGeometry, group: int
+    ) -> StreamLoader:
+        """Micro-batches of one epoch from optimizer step `start_step` on; the same steps on every rank.
+
+        `group` slots are balanced against one another (`make_plan`).
+        """
         if self.train is None:
             raise ConfigError("train_data_path is not set; name the training data")
+        costs_N = self.train.costs_N
+        tails_N = self.train.reader.tail_tokens()[: len(costs_N)]
         plan = make_plan(
-            self.train.costs_N,
+            costs_N,
             seed=self.config.seed,
             epoch=epoch,
             slots=geometry.slots,
             samples_per_step=geometry.samples,
             samples_per_epoch=self.config.samples_per_epoch,
+            balance=self.config.balance,
+            group=math.gcd(group, geometry.slots),
+            lengths=(costs_N - tails_N, tails_N),
         )
         to_stage = partial(self._mixed, stage=stage, epoch=epoch)
         return self._loader(self.train, plan, to_stage, start_step)

@@ -98,6 +98,7 @@ class MultimodalCoTTrainer:
         if start is not None:
             load_checkpoint(engine, start)
         self.state.samples_per_step = self.geometry.samples
+        self.state.group = self.state.group or get_world_size()
         if is_main_process():
             self.config.save(self.run_dir / "config.yaml")
         return engine
@@ -163,7 +164,7 @@ class MultimodalCoTTrainer:
         metrics: dict[str, float] = {}
         while not state.stage_done and not self._is_over():
             metrics = {}
-            loader = self.inputs.train_loader(stage, state.epoch, state.epoch_step, self.geometry)
+            loader = self.inputs.train_loader(stage, state.epoch, state.epoch_step, self.geometry, state.group)
             self.train_epoch(state.epoch, loader)
             if state.epoch_step < len(loader.plan):  # max_steps or a stop fell inside the epoch
                 break

@@ -149,3 +149,17 @@ def test_reads_follow_the_plan(reader, loader) -> None:
     one = loader(dataset=Spy())
     list(one)
     assert asked == np.concatenate([hand for step in range(3) for hand in one.plan.step(step)]).tolist()
+
+
+def test_a_plan_balanced_by_cost_goes_on_after_any_step_with_any_number_of_ranks(loader, reader) -> None:
+    costs = reader.costs(lambda width, height: 1, 1)
+    plan = make_plan(costs, seed=1, epoch=0, slots=4, samples_per_step=8, balance="cost", group=2)
+    expected = steps_of([loader(plan=plan)])
+    keys = Counter(key for slots in expected.values() for _, row in slots for key in row)
+    assert keys == {reader.key(i): 1 for i in range(23)}
+    for start in range(len(plan) + 1):
+        rest = {step: slots for step, slots in expected.items() if step >= start}
+        for world in (1, 2, 3, 8, 64):
+            loaders = [loader(plan=plan, rank=rank, world=world, start_step=start) for rank in range(world)]
+            assert {len(one) for one in loaders} == {len(loaders[0])}
+            assert steps_of(loaders) == rest
