@@ -64,7 +64,9 @@ def measure_memories(shape: Shape, options: argparse.Namespace) -> dict[str, dic
     if options.repeats_original:
         names += list(ABLATION) if options.ablation else ["original"]
     return {
-        name: measure_memory(name.removesuffix("+checkpointing"), shape, options.device, name.endswith("+checkpointing"))
+        name: measure_memory(
+            name.removesuffix("+checkpointing"), shape, options.device, name.endswith("+checkpointing")
+        )
         for name in names
     }
 
@@ -83,8 +85,9 @@ def held_against_k(shape: Shape, latents: list[int], device: str) -> list[dict[s
             "held_vs_single_pass": ours["held_mib"] / single["held_mib"],
             "peak_vs_single_pass": ours["peak_mib"] / single["peak_mib"],
         })  # fmt: skip
-        print("K {latents:3}  held {held_mib:7.1f} MiB, single pass {held_single_pass_mib:7.1f}: "
-              "{held_vs_single_pass:.2f}x; peak {peak_vs_single_pass:.2f}x".format(**table[-1]), flush=True)  # fmt: skip
+        line = "K {latents:3}  held {held_mib:7.1f} MiB, single pass {held_single_pass_mib:7.1f}: "
+        line += "{held_vs_single_pass:.2f}x; peak {peak_vs_single_pass:.2f}x"
+        print(line.format(**table[-1]), flush=True)
     return table
 
 

@@ -73,7 +73,9 @@ def _memory_job(side: str, shape: dict[str, Any], device: str, checkpointing: bo
     torch.set_num_threads(1)
     step, model = build_step(side, Shape(**shape), device, checkpointing)
     # What is made once in a process (kernels, thread pools, Python's caches) is made by a step on a small batch.
-    small, small_model = build_step(side, Shape(**{**shape, "prefix": 8 + 256 * shape["tiles"], "batch": 1}), device, checkpointing)
+    small, small_model = build_step(
+        side, Shape(**{**shape, "prefix": 8 + 256 * shape["tiles"], "batch": 1}), device, checkpointing
+    )
     small().backward()
     del small, small_model
     baseline = _now(device, reset=True)

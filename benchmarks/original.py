@@ -5,7 +5,7 @@ time or memory there is reproduced, each point being a constructor argument so t
 
     logits="all"            every pass runs the whole language model with its head over all columns of its segment; the
                             logits of all passes are concatenated to [B, L, V], shifted by a contiguous copy, and the
-                            loss is the mean cross-entropy over all of them, labels of -100 left out, in the model's dtype
+                            loss is the mean cross-entropy over all of them, but labels of -100, in the model's dtype
     feedback="lists"        after every latent pass a Python list of lists holds one [H] view of the embeddings for each
                             row and column; thoughts replace entries; two levels of torch.stack make [B, L, H] again
     keep_states=True        output_hidden_states=True in every pass; the thought is the last of them

@@ -55,7 +55,7 @@ class Shape:
 
 
 #: slim: InternVL3's vocabulary on a decoder that fits two CPU cores, every key/value head its own.
-#: gpt2: GPT-2 124M at Meta's settings for GSM8k (args/gsm_coconut.yaml there: float32, 32 rows a device, c_thought 2 and
+#: gpt2: GPT-2 124M at Meta's settings for GSM8k (args/gsm_coconut.yaml there: float32, 32 rows a device, c_thought 2,
 #:   three latent stages, hence K = 6; in the last stage the answer alone is learnt). The data set gives the lengths: we
 #:   take a question of 64 tokens and an answer of 6.
 #: internvl3-1b: the published sizes, three tiles a row; for a GPU.
@@ -70,7 +70,9 @@ PRESETS = {
 
 def add_shape_arguments(parser: argparse.ArgumentParser, preset: str = "slim") -> None:
     """--preset, and one option for each field of a `Shape`."""
-    parser.add_argument("--preset", choices=sorted(PRESETS), default=preset, help="model and batch (default: %(default)s)")
+    parser.add_argument(
+        "--preset", choices=sorted(PRESETS), default=preset, help="model and batch (default: %(default)s)"
+    )
     for field in fields(Shape):
         kind = str if field.name in ("family", "dtype") else int
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, help="instead of the preset's")

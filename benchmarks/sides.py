@@ -1,11 +1,11 @@
 """The training steps that are compared: each a function without arguments that returns the summed loss of one batch.
 
-    ours                    MultimodalCoconut
-    single_pass             one ordinary pass over the same tokens, latents looked up as any token; loss at labels only
-    original                `original.OriginalCoconut`
-    original-logits         the same, logits at label positions only
-    original-logits-lists   and without the lists
-    original-logits-lists-states   and without the hidden states of all layers; what then is left is the cache
+ours                    MultimodalCoconut
+single_pass             one ordinary pass over the same tokens, latents looked up as any token; loss at labels only
+original                `original.OriginalCoconut`
+original-logits         the same, logits at label positions only
+original-logits-lists   and without the lists
+original-logits-lists-states   and without the hidden states of all layers; what then is left is the cache
 """
 
 from __future__ import annotations

@@ -27,6 +27,10 @@ class CheckpointError(CoconutError, RuntimeError):
     """A checkpoint is missing, damaged, or belongs to another configuration."""
 
 
+class TrainingError(CoconutError, RuntimeError):
+    """Training cannot go on as it is configured: memory is short, or steps keep failing."""
+
+
 #: The three tokens of the latent span, as spelled in the tokenizer.
 START_LATENT_TOKEN = "<|start-latent|>"
 LATENT_TOKEN = "<|latent|>"
@@ -48,6 +52,7 @@ class Sample:
     images: tuple[bytes | str, ...] = ()  # encoded image files (bytes), or paths to them
     choices: tuple[str, ...] = ()
     source: str = ""  # "file.json:17" or "shard-000003.tar", for error messages
+    references: tuple[str, ...] = ()  # answers of several people, for the soft scores of VQA and A-OKVQA
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@
     torchrun --nproc-per-node 2 launch/train.py ...     or, for debugging on one rank, python launch/train.py ...
 
 On a machine without GPUs `deepspeed --num_gpus 2` starts two ranks. Results go to RUN = save_path/name: metrics.jsonl,
-log.txt, checkpoints/, and RUN/stage_K/ and RUN/final/, which plain transformers loads. The same command goes on
-where a run was stopped.
+log.txt, checkpoints/, and RUN/stage_K/ and RUN/final/, which plain transformers loads. `touch RUN/stop` stops a run at
+its next step, with a checkpoint; the same command goes on where a run was stopped or died (docs/checkpoints.md).
+Exit codes: 0 done or stopped; 2 an error that a restart does not mend; 75 a rank hung; others: start again.
 """
 
 from __future__ import annotations
@@ -53,13 +54,20 @@ def main(argv: list[str] | None = None) -> int:
         if config.only_eval:
             evaluate_only(config)
             return 0
+        if is_done(config):
+            if is_first:
+                print(f"stage {config.stop_after_stage} of {config.run_dir} is done; there is nothing to do")
+            return 0
         tokenizer, processor = check(config)
     except CoconutError as error:  # the same on every rank: said once
         if is_first:
             print(f"error: {error}", file=sys.stderr)
         return 2
+    from coconut.training.stop import noting_signals
+
     try:
-        train(config, tokenizer, processor)
+        with noting_signals():  # a stop that comes while the model is loaded waits for the first step
+            train(config, tokenizer, processor)
     except CoconutError as error:  # of this rank's data, perhaps
         print(f"{'' if is_first else '[rank ' + os.environ['RANK'] + '] '}error: {error}", file=sys.stderr)
         return 2
@@ -79,6 +87,16 @@ def make_demo_data(config: Config) -> None:
     prepare_arrow_maze(DEMO_DATA)
 
 
+def is_done(config: Config) -> bool:
+    """Whether the stage that this run is to end with is complete: then no rank has to load anything."""
+    from coconut.training import StageManager
+    from coconut.training.run_folder import is_stage_done
+
+    stage, last = config.stop_after_stage, StageManager.from_config(config).stages[-1]
+    # After the last stage the test data are scored, which the stage's own marker does not tell.
+    return config.resume == "auto" and stage not in (None, last) and is_stage_done(config.run_dir, stage)
+
+
 def check(config: Config) -> tuple[Any, Any]:
     """Join the other ranks, and check all that can be checked before a weight is loaded.
 
@@ -89,14 +107,19 @@ def check(config: Config) -> tuple[Any, Any]:
     from transformers.utils.logging import disable_progress_bar
 
     from coconut.config.deepspeed import resolve_ds_config
-    from coconut.utils.distributed import get_world_size, init_distributed_training
+    from coconut.model.auxiliary import load_auxiliary_loss
+    from coconut.training.resume import take_run
+    from coconut.utils.distributed import get_world_size, init_distributed_training, on_main_first
     from coconut.utils.logging import setup_logging
 
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     disable_progress_bar()  # transformers' own, at each loading and saving, from every rank
     init_distributed_training(force=True)
+    on_main_first(lambda: take_run(config.run_dir))
     setup_logging(config)
+    for path in config.auxiliary_losses:
+        load_auxiliary_loss(path)
     resolve_ds_config(config, world_size=get_world_size(), hidden_size=1024)  # the true width is not known yet
     return load_inputs(config)
 

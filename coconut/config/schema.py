@@ -71,6 +71,21 @@ class Schema(BaseModel):
     latent_init_token: Text | None = Field(
         None, description="token whose embedding the three new tokens start from; null = the line break"
     )
+    latent_feedback: Literal["hidden", "normed", "projector"] = Field(
+        "hidden",
+        description="what is fed back as a thought: the hidden state (the paper), the same at the norm of an "
+        "embedding, or that plus a small trained network of it",
+    )
+    latent_passes: Literal["sequential", "jacobi"] = Field(
+        "sequential",
+        description="sequential: thoughts one after the other (the paper); jacobi: all of a span together, "
+        "jacobi_iterations times",
+    )
+    jacobi_iterations: Int = Field(3, ge=1, le=1000, description="passes over the thoughts with latent_passes jacobi")
+    auxiliary_losses: dict[Text, Float] = Field(
+        default_factory=dict,
+        description='losses on the thoughts, "package.module:name" -> weight (see coconut/model/auxiliary.py)',
+    )
     bf16: bool = Field(False, description="weights and activations in bfloat16, with float32 master weights")
     fp16: bool = Field(False, description="weights and activations in float16, with loss scaling; not with bf16")
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward: memory for time")
@@ -121,6 +136,27 @@ class Schema(BaseModel):
         None, ge=1, description="samples that count as an epoch; null = the whole training set"
     )
     max_steps: Int | None = Field(None, ge=1, description="optimizer steps after which the run ends; null = no limit")
+    stop_after_stage: Int | None = Field(
+        None, ge=0, description="stage after which the run ends, without scoring the test data; null = after the last"
+    )
+
+    # -- anomalies --
+    loss_spike_sigma: Float | None = Field(
+        10.0,
+        gt=0,
+        description="skip a step whose loss is so many standard deviations (and 1 nat) above its stage's last 64; "
+        "null = skip only where loss or gradient is not finite",
+    )
+    max_skipped_steps: Int = Field(
+        3, ge=1, description="skipped steps in a row after which weights and optimizer go back to the last checkpoint"
+    )
+    max_rollbacks: Int = Field(2, ge=0, description="times that a run goes back before it stops with an error")
+    hang_timeout_s: Float | None = Field(
+        1800.0,
+        gt=0,
+        description="seconds without progress (a batch, a step, a save) after which a rank says where it hangs and "
+        "ends the run; null = wait for ever",
+    )
 
     # -- data --
     train_data_path: Text | None = Field(None, description="training data: JSON, JSONL, or a folder of shards")

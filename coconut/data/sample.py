@@ -5,6 +5,7 @@
 
 ``question``, ``steps`` (a list, may be empty) and ``answer`` are required. ``image`` (or ``images``) is a
 path, a list of paths, or absent; paths are relative to image_root, by default the folder of the data file.
+``direct_answers`` holds the answers of several people (VQA, A-OKVQA), for soft scores.
 ``id`` is unique; without one the record's number is. Other fields are left alone. A file is a JSON list of
 records, or JSONL: one record a line. Records are counted from 0.
 """
@@ -55,6 +56,7 @@ def sample_from_record(record: Any, *, key: str, source: str = "", image_root: s
         answer=_text(record["answer"], "answer", source),
         images=paths,
         choices=_texts(record.get("choices"), "choices", source),
+        references=_texts(record.get("direct_answers"), "direct_answers", source),
         source=source,
     )
 
@@ -68,7 +70,10 @@ def record_from_sample(sample: Sample, images: Iterable[str] = ()) -> dict[str, 
         "steps": list(sample.steps),
         "answer": sample.answer,
     }
-    return record | ({"image": paths} if paths else {}) | ({"choices": list(sample.choices)} if sample.choices else {})
+    if paths:
+        record["image"] = paths
+    lists = {"choices": sample.choices, "direct_answers": sample.references}
+    return record | {name: list(values) for name, values in lists.items() if values}
 
 
 def read_records(path: str | Path) -> Iterator[tuple[int, Any]]:

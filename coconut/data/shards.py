@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -189,7 +190,7 @@ def _sample_from_members(members: dict[str, bytes], *, source: str, where: str) 
         if name not in members or name.rpartition(".")[2] not in _IMAGE_SUFFIXES:
             raise DataError(f"{where}: image member {name} is missing, or no kind of image that is read")
         images.append(members[name])
-    return Sample(sample.key, sample.question, sample.steps, sample.answer, tuple(images), sample.choices, source)
+    return dataclasses.replace(sample, images=tuple(images))
 
 
 def _content_key(path: Path, samples: list[Sample]) -> str:

@@ -33,7 +33,8 @@ from coconut.types import (
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 METHODS = ("coconut", "cot", "no_cot")
-IMAGE_TOKENS = ("<img>", "<IMG_CONTEXT>", "</img>")  # InternVL's spelling of open, context, close
+#: Spellings of open, context and close: InternVL's, Qwen-VL's. InternVL's tokenizers know both, so the order counts.
+IMAGE_TOKENS = (("<img>", "<IMG_CONTEXT>", "</img>"), ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>"))
 
 #: Anything spelled like a control token. Text that holds one is tokenised with special tokens split
 #: into ordinary pieces, so that a question cannot place latents, images or chat turns of its own.
@@ -43,7 +44,7 @@ _QUESTION_MARK = "\u241fQUESTION\u241f"
 
 
 def build_prompt_template(
-    tokenizer: Any, prompt_format: str = "auto", image_tokens: tuple[str, str, str] = IMAGE_TOKENS
+    tokenizer: Any, prompt_format: str = "auto", image_tokens: tuple[str, str, str] | None = None
 ) -> PromptTemplate:
     """Find the token ids that surround images and question.
 
@@ -52,8 +53,9 @@ def build_prompt_template(
         prompt_format: ``chat`` cuts the tokenizer's chat template at the question (InternVL puts a line
             break after each image); ``plain`` is the question and a line break; ``auto`` is ``chat`` where
             the tokenizer has a template, else ``plain``.
-        image_tokens: spelling of the open, context and close tokens. A tokenizer without the context
-            token gives a text-only template; an empty open or close is left out.
+        image_tokens: spelling of the open, context and close tokens; by default the first of `IMAGE_TOKENS` that
+            the tokenizer knows. Without the context token the template is text-only; an empty open or close is left
+            out.
 
     Raises:
         DataError: an unknown format, ``chat`` without a chat template, or a template that drops the question.
@@ -63,6 +65,9 @@ def build_prompt_template(
     if prompt_format == "auto":
         prompt_format = "chat" if getattr(tokenizer, "chat_template", None) else "plain"
 
+    if image_tokens is None:
+        known = [spelling for spelling in IMAGE_TOKENS if _token_id(tokenizer, spelling[1]) is not None]
+        image_tokens = known[0] if known else IMAGE_TOKENS[0]
     open_, context, close = image_tokens
     image_context = _token_id(tokenizer, context)
     image_open: tuple[int, ...] = ()

@@ -73,6 +73,8 @@ class Evaluation:
         """What was changed about the questions; empty for a plain evaluation."""
         options = self.summary["options"]
         changed = ["images shuffled"] if options["shuffle_images"] else []
+        if options.get("latents") is not None:
+            changed.append(f"{options['latents']} thought{'s' * (options['latents'] != 1)}")
         return (*changed, *([f"{options['thoughts']} for thoughts"] if options["thoughts"] != "own" else []))
 
     @property

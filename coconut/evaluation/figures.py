@@ -99,8 +99,8 @@ class Curve:
 
 def draw_training(curves: Sequence[Curve], series: int, style: Style) -> bytes:
     """Loss and validation scores over optimizer steps; the stages as bands when there is one run."""
-    with _settings(style):
-        figure, (top, bottom) = _panels(style, rows=2, height=5.4 if style.narrow else 4.8, share_x=True)
+    with settings(style):
+        figure, (top, bottom) = panels(style, rows=2, height=5.4 if style.narrow else 4.8, share_x=True)
         colour = style.series(series)
         for curve in curves:
             if len(curves) == 1:
@@ -114,7 +114,7 @@ def draw_training(curves: Sequence[Curve], series: int, style: Style) -> bytes:
             top.set_yscale("log")  # a curriculum's losses span three orders of magnitude
         top.set_ylabel("training loss")
         bottom.set_ylim(-0.03, 1.05)
-        bottom.yaxis.set_major_formatter(FuncFormatter(_percent))
+        bottom.yaxis.set_major_formatter(FuncFormatter(percent_tick))
         bottom.set_ylabel("validation, right")
         bottom.set_xlabel("optimizer steps")
         bottom.xaxis.set_major_locator(MaxNLocator(4 if style.narrow else 8, integer=True))
@@ -126,7 +126,7 @@ def draw_training(curves: Sequence[Curve], series: int, style: Style) -> bytes:
         bottom.legend(
             handles=handles, loc="lower right", fontsize=8.5, facecolor=style.paper, edgecolor="none", framealpha=0.8
         )
-        return _png(figure)
+        return to_png(figure)
 
 
 def draw_methods(bars: Sequence[Bar], floors: dict[str, float], whiskers: str, style: Style) -> bytes:
@@ -138,13 +138,13 @@ def draw_methods(bars: Sequence[Bar], floors: dict[str, float], whiskers: str, s
         whiskers: what low and high of the bars are.
         style: of the page.
     """
-    with _settings(style):
+    with settings(style):
         n = len(bars)
         if style.narrow:
-            figure, (left, right) = _panels(style, rows=2, height=1.9 + 1.0 * n)
+            figure, (left, right) = panels(style, rows=2, height=1.9 + 1.0 * n)
         else:
-            figure, (left, right) = _panels(style, columns=2, height=1.5 + 0.62 * n, ratios=(1.25, 1))
-        _draw_bars(left, bars, floors, style)
+            figure, (left, right) = panels(style, columns=2, height=1.5 + 0.62 * n, ratios=(1.25, 1))
+        draw_bars(left, bars, floors, style)
         left.set_title(f"accuracy, with {whiskers}")
         for row, bar in enumerate(bars):
             colour = style.series(bar.series)
@@ -159,23 +159,23 @@ def draw_methods(bars: Sequence[Bar], floors: dict[str, float], whiskers: str, s
         longest = max((bar.latents + bar.tokens for bar in bars), default=1)
         right.set_xlim(0, longest * (1.75 if style.narrow else 1.6))
         right.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        _name_rows(right, [bar.label for bar in bars] if style.narrow else [""] * n)
+        name_rows(right, [bar.label for bar in bars] if style.narrow else [""] * n)
         right.set_title("sequential forward passes an answer")
-        _name_floors(figure, floors, style)
-        return _png(figure)
+        name_floors(figure, floors, style)
+        return to_png(figure)
 
 
 def draw_changes(groups: Sequence[tuple[str, Sequence[Bar]]], floors: dict[str, float], style: Style) -> bytes:
     """For each method, its accuracy as it is and with pictures, thoughts or data changed."""
-    with _settings(style):
+    with settings(style):
         bars = [bar for _, group in groups for bar in group]
         positions, titles, row = [], [], 0.0
         for name, group in groups:
             titles.append((row - 0.75, name, group[0].series))
             positions += [row + i for i in range(len(group))]
             row += len(group) + 1.0
-        figure, (axes,) = _panels(style, height=1.2 + 0.36 * row)
-        _draw_bars(axes, bars, floors, style, positions=positions)
+        figure, (axes,) = panels(style, height=1.2 + 0.36 * row)
+        draw_bars(axes, bars, floors, style, positions=positions)
         for position, name, series in titles:
             axes.annotate(
                 *(name, (0, position)),
@@ -187,11 +187,11 @@ def draw_changes(groups: Sequence[tuple[str, Sequence[Bar]]], floors: dict[str, 
                 va="center",
             )
         axes.set_ylim(row - 1.2, -1.2)
-        _name_floors(figure, floors, style)
-        return _png(figure)
+        name_floors(figure, floors, style)
+        return to_png(figure)
 
 
-def _draw_bars(
+def draw_bars(
     axes: Axes, bars: Sequence[Bar], floors: dict[str, float], style: Style, positions: Sequence[float] | None = None
 ) -> None:
     places = list(positions) if positions is not None else list(range(len(bars)))
@@ -207,11 +207,11 @@ def _draw_bars(
                       bbox={"facecolor": style.paper, "edgecolor": "none", "pad": 1.2, "alpha": 0.85})  # fmt: skip
     axes.set_xlim(0, 1.24 if style.narrow else 1.16)
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
-    axes.xaxis.set_major_formatter(FuncFormatter(_percent))
-    _name_rows(axes, [bar.label for bar in bars], places)
+    axes.xaxis.set_major_formatter(FuncFormatter(percent_tick))
+    name_rows(axes, [bar.label for bar in bars], places)
 
 
-def _name_rows(axes: Axes, labels: Sequence[str], positions: Sequence[float] | None = None) -> None:
+def name_rows(axes: Axes, labels: Sequence[str], positions: Sequence[float] | None = None) -> None:
     axes.set_yticks(list(positions) if positions is not None else range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.45, -0.55)
     axes.tick_params(axis="y", length=0)
@@ -255,18 +255,18 @@ def _smooth(values: Array) -> Array:
     return np.array([values[max(0, i - half) : i + half + 1].mean() for i in range(len(values))])
 
 
-def _name_floors(figure: Figure, floors: dict[str, float], style: Style) -> None:
+def name_floors(figure: Figure, floors: dict[str, float], style: Style) -> None:
     if floors:
         text = "Dotted: " + ", ".join(f"{name} {value:.1%}".replace("%", "\u202f%") for name, value in floors.items())
         lines = textwrap.wrap(text, 66 if style.narrow else 150)
         figure.supxlabel("\n".join(lines), fontsize=8.5, color=style.faint, x=0.01, ha="left", linespacing=1.35)
 
 
-def _percent(share: float, _: Any = None) -> str:
+def percent_tick(share: float, _: Any = None) -> str:
     return f"{share:.0%}".replace("%", "\u202f%")
 
 
-def _settings(style: Style) -> Any:
+def settings(style: Style) -> Any:
     return mpl.rc_context(
         {
             "font.size": 9.5,
@@ -298,7 +298,7 @@ def _settings(style: Style) -> Any:
     )
 
 
-def _panels(
+def panels(
     style: Style,
     rows: int = 1,
     columns: int = 1,
@@ -311,7 +311,7 @@ def _panels(
     return figure, list(grid.flat)
 
 
-def _png(figure: Figure) -> bytes:
+def to_png(figure: Figure) -> bytes:
     """The figure as a PNG file; without date and version, so that the same numbers give the same file."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()

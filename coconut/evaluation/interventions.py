@@ -2,7 +2,7 @@
 
 Every choice is made from a seed and sample keys alone, so it does not depend on ranks or batches.
 
-Shapes: B rows, L columns, K latent columns, H hidden size.
+Shapes: B rows, L columns, K latent columns, T thoughts of a row, H hidden size.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class SampleSource(Protocol):
 def image_donors(source: SampleSource, n_samples: int, seed: int) -> dict[int, int]:
     """For each sample with images, another one whose images it is shown instead: one random cycle through them all.
 
-    A cycle (Sattolo's algorithm) leaves no sample its own image and uses each image once, so that the pictures as a set
+    A cycle leaves no sample its own image and uses each image once, so that the pictures as a set
     stay what they were.
 
     Raises:
@@ -41,12 +41,7 @@ def image_donors(source: SampleSource, n_samples: int, seed: int) -> dict[int, i
     members = [index for index in range(n_samples) if _has_images(source, index)]
     if len(members) < 2:
         raise DataError(f"{len(members)} of {n_samples} samples have images; shuffling needs at least two")
-    order = list(members)
-    generator = np.random.default_rng(seed)
-    for last in range(len(order) - 1, 0, -1):
-        other = int(generator.integers(last))
-        order[last], order[other] = order[other], order[last]
-    return dict(zip(members, order, strict=True))
+    return dict(zip(members, _cycle(members, np.random.default_rng(seed)), strict=True))
 
 
 def noise_like_thoughts(input_ids_BL: Tensor, latent_token_id: int, keys: Sequence[str], seed: int) -> ThoughtTransform:
@@ -56,10 +51,7 @@ def noise_like_thoughts(input_ids_BL: Tensor, latent_token_id: int, keys: Sequen
         input_ids_BL: the batch's prompts, left-padded.
         keys: sample key of each row; with seed and the thought's number in its row they decide the noise.
     """
-    is_latent_BL = (input_ids_BL == latent_token_id).cpu()
-    columns = is_latent_BL.any(0).nonzero().flatten()
-    # Rows need not be aligned: which thought of its row stands in each latent column (where the row has one there).
-    number_BK = (is_latent_BL.long().cumsum(1)[:, columns] - 1).clamp(min=0)
+    number_BK = thought_numbers(input_ids_BL, latent_token_id).clamp(min=0)
     n_thoughts = int(number_BK.max()) + 1 if number_BK.numel() else 0
     drawn: list[Tensor] = []
 
@@ -75,6 +67,71 @@ def noise_like_thoughts(input_ids_BL: Tensor, latent_token_id: int, keys: Sequen
         return torch.mul(noise_B1H, scale_B11)
 
     return transform
+
+
+def thought_numbers(input_ids_BL: Tensor, latent_token_id: int) -> Tensor:
+    """[B, K] on the CPU: which thought of its row, counted from 0, stands in each latent column; -1 where it has none.
+
+    Rows need not be aligned: in left-padded prompts, spans of unequal length begin in different columns.
+    """
+    is_latent_BL = (input_ids_BL == latent_token_id).cpu()
+    columns = is_latent_BL.any(0).nonzero().flatten()
+    number_BK = is_latent_BL.long().cumsum(1)[:, columns] - 1
+    return number_BK.masked_fill(~is_latent_BL[:, columns], -1)
+
+
+def given_thoughts(thoughts_BTH: Tensor, number_BK: Tensor) -> ThoughtTransform:
+    """A replacement by thoughts that are given, by their number in each row.
+
+    Args:
+        thoughts_BTH: thought t of each row; rows with fewer are padded, with anything.
+        number_BK: from `thought_numbers`.
+    """
+    rows_B = torch.arange(len(thoughts_BTH))
+
+    def transform(thought_B1H: Tensor, k: int) -> Tensor:
+        return thoughts_BTH[rows_B, number_BK[:, k].clamp(min=0)][:, None].to(thought_B1H)
+
+    return transform
+
+
+def only_thoughts(transform: ThoughtTransform, chosen: Sequence[int], number_BK: Tensor) -> ThoughtTransform:
+    """`transform` at the thoughts with these numbers; the others are thought as ever, from what came before them."""
+    is_chosen_BK = torch.isin(number_BK, torch.tensor(list(chosen)))
+
+    def chosen_only(thought_B1H: Tensor, k: int) -> Tensor:
+        is_chosen_B11 = is_chosen_BK[:, k, None, None].to(thought_B1H.device)
+        return torch.where(is_chosen_B11, transform(thought_B1H, k), thought_B1H)
+
+    return chosen_only
+
+
+def donors_within(groups: Sequence[object], seed: int) -> list[int | None]:
+    """For each sample another of its group, each used once: a random cycle through every group; None when alone."""
+    members: dict[object, list[int]] = {}
+    for index, group in enumerate(groups):
+        members.setdefault(group, []).append(index)
+    donors: list[int | None] = [None] * len(groups)
+    generator = np.random.default_rng(seed)
+    for group_members in members.values():
+        if len(group_members) > 1:
+            for index, donor in zip(group_members, _cycle(group_members, generator), strict=True):
+                donors[index] = donor
+    return donors
+
+
+def other_order(n: int, seed: int, key: str) -> list[int]:
+    """A random order of n >= 2 things in which none keeps its place."""
+    return _cycle(list(range(n)), np.random.default_rng(_hash(seed, key)))
+
+
+def _cycle(members: list[int], generator: np.random.Generator) -> list[int]:
+    """The members in an order in which each is followed by another: one cycle through them all (Sattolo)."""
+    order = list(members)
+    for last in range(len(order) - 1, 0, -1):
+        other = int(generator.integers(last))
+        order[last], order[other] = order[other], order[last]
+    return order
 
 
 def _has_images(source: SampleSource, index: int) -> bool:

@@ -13,13 +13,14 @@ from jinja2 import Environment
 from markupsafe import Markup
 
 
-def render(context: dict[str, Any]) -> str:
-    """The page; `context` holds plain values only (see `report.Report.write`)."""
+def render(context: dict[str, Any], name: str = "report") -> str:
+    """A page from templates/NAME.html; `context` holds plain values only (see `report.Report.write`)."""
     folder = files("coconut.evaluation") / "templates"
     template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
-        (folder / "report.html").read_text(encoding="utf-8")
+        (folder / f"{name}.html").read_text(encoding="utf-8")
     )
-    css = Markup((folder / "report.css").read_text(encoding="utf-8"))  # noqa: S704  our own file
+    sheets = ["report.css"] if name == "report" else ["report.css", f"{name}.css"]
+    css = Markup("".join((folder / sheet).read_text(encoding="utf-8") for sheet in sheets))  # noqa: S704  our own
     return template.render(css=css, **context)
 
 

@@ -11,13 +11,17 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import asdict, dataclass
+from math import fsum
 from pathlib import Path
 from typing import Any
 
+from coconut.evaluation.metrics import METRICS
 from coconut.evaluation.score import wilson_interval
-from coconut.types import ConfigError, StageSpec
+from coconut.evaluation.stats import estimate
+from coconut.types import ConfigError, DataError, StageSpec
 
 THOUGHTS = ("own", "noise")
+BY = ("generation", "likelihood")
 PREDICTIONS_FILE = "predictions.jsonl"
 SUMMARY_FILE = "summary.json"
 
@@ -31,6 +35,9 @@ class EvaluationOptions:
         max_new_tokens: a text that has not ended by then is cut, and scored as it is.
         limit: only the first so many samples; None takes all.
         shuffle_images: show every question the image of another sample, each image once (text-only samples stay).
+        latents: thoughts of every sample, in place of those of the checkpoint's stage; None leaves these.
+        metric: what makes an answer right, one of `metrics.METRICS`.
+        by: "generation", or "likelihood": the choice whose text is likeliest is the answer, and nothing is generated.
         thoughts: "own", or "noise": each thought is replaced by Gaussian noise of the same norm.
         seed: of shuffling and noise.
     """
@@ -41,14 +48,22 @@ class EvaluationOptions:
     shuffle_images: bool = False
     thoughts: str = "own"
     seed: int = 0
+    latents: int | None = None
+    metric: str = "exact"
+    by: str = "generation"
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "max_new_tokens", "limit"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}; give a number of at least 1")
-        if self.thoughts not in THOUGHTS:
-            raise ConfigError(f"thoughts is {self.thoughts!r}; choose from {', '.join(THOUGHTS)}")
+        if self.latents is not None and self.latents < 0:
+            raise ConfigError(f"latents is {self.latents}; give a number of at least 0")
+        for name, known in (("thoughts", THOUGHTS), ("metric", tuple(METRICS)), ("by", BY)):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; choose from {', '.join(known)}")
+        if self.by == "likelihood" and self.metric != "choice":
+            raise ConfigError(f"by is 'likelihood', which is for choices; set metric to choice (it is {self.metric!r})")
 
 
 @dataclass(frozen=True)
@@ -62,7 +77,8 @@ class Prediction:
     target: str  # the text that training asks for at this stage
     answer: str  # the truth
     predicted_answer: str | None
-    correct: bool  # the answers match
+    correct: bool  # the score is 1
+    score: float  # of the metric, 0 to 1
     full_match: bool  # the whole text is the target
     n_generated: int  # tokens, the end of sequence counted
     n_latents: int
@@ -71,6 +87,7 @@ class Prediction:
     n_patches: int
     images_from: str | None = None  # key of the sample whose images were shown instead
     error: str | None = None  # why this sample could not be asked
+    choice_nats: list[float] | None = None  # log-likelihood of each choice, where answers are chosen so
 
 
 @dataclass(frozen=True)
@@ -87,8 +104,21 @@ class EvaluationResult:
         return len(self.predictions)
 
     @property
+    def scores(self) -> list[float]:
+        return [p.score for p in self.predictions]
+
+    @property
     def accuracy(self) -> float:
-        return sum(p.correct for p in self.predictions) / self.n_samples
+        """The mean score, added in the order of the data."""
+        return fsum(self.scores) / self.n_samples
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % interval of the accuracy: Wilson's of a share, the bootstrap's of soft scores."""
+        if all(score in (0.0, 1.0) for score in self.scores):
+            return wilson_interval(sum(p.correct for p in self.predictions), self.n_samples)
+        found = estimate(self.scores)
+        return found.low, found.high
 
     @property
     def full_match(self) -> float:
@@ -101,13 +131,14 @@ class EvaluationResult:
 
     def summary(self) -> dict[str, Any]:
         """The numbers of a table's row; plain values, ready for JSON."""
-        n_correct = sum(p.correct for p in self.predictions)
+        bootstrap = estimate(self.scores)
         return {
             "n_samples": self.n_samples,
-            "n_correct": n_correct,
+            "n_correct": sum(p.correct for p in self.predictions),
             "n_failed": sum(p.error is not None for p in self.predictions),
             "accuracy": self.accuracy,
-            "accuracy_interval_95": list(wilson_interval(n_correct, self.n_samples)),
+            "accuracy_interval_95": list(self.interval),
+            "bootstrap_interval_95": [bootstrap.low, bootstrap.high],
             "full_match": self.full_match,
             "mean_generated_tokens": self.mean("n_generated"),
             "mean_latents": self.mean("n_latents"),
@@ -119,12 +150,31 @@ class EvaluationResult:
 
     def headline(self) -> str:
         """The result in one line that a person can read."""
-        low, high = wilson_interval(sum(p.correct for p in self.predictions), self.n_samples)
+        low, high = self.interval
         return (
             f"accuracy {self.accuracy:.2%} (95 % interval {low:.2%} to {high:.2%}, {self.n_samples} samples), "
             f"{self.mean('n_generated'):.1f} tokens generated, {self.mean('passes'):.1f} sequential forward passes, "
             f"{1000 * self.seconds / self.n_samples:.1f} ms a sample"
         )
+
+    @classmethod
+    def load(cls, folder: Path) -> EvaluationResult:
+        """Read what `save` wrote.
+
+        Raises:
+            DataError: it is damaged, or of another version.
+        """
+        try:
+            summary = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
+            lines = (folder / PREDICTIONS_FILE).read_text(encoding="utf-8").split("\n")[:-1]
+            return cls(
+                tuple(Prediction(**json.loads(line)) for line in lines),
+                StageSpec(**summary["stage_spec"]),
+                EvaluationOptions(**summary["options"]),
+                summary["seconds_per_sample"] * summary["n_samples"],
+            )
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{folder} holds no evaluation that can be read ({error!r}); evaluate again") from error
 
     def save(self, folder: Path, extra: dict[str, Any] | None = None) -> None:
         """Write predictions.jsonl and summary.json; the summary comes last and so marks a complete result.
@@ -135,11 +185,11 @@ class EvaluationResult:
         """
         folder.mkdir(parents=True, exist_ok=True)
         lines = [json.dumps(asdict(p), ensure_ascii=False) + "\n" for p in self.predictions]
-        _write_whole(folder / PREDICTIONS_FILE, "".join(lines))
-        _write_whole(folder / SUMMARY_FILE, json.dumps({**self.summary(), **(extra or {})}, indent=2) + "\n")
+        write_whole(folder / PREDICTIONS_FILE, "".join(lines))
+        write_whole(folder / SUMMARY_FILE, json.dumps({**self.summary(), **(extra or {})}, indent=2) + "\n")
 
 
-def _write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     unfinished.write_text(text, encoding="utf-8")
     unfinished.replace(path)

@@ -9,13 +9,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coconut.evaluation.result import EvaluationOptions, EvaluationResult
+from coconut.evaluation.result import SUMMARY_FILE, EvaluationOptions, EvaluationResult
 from coconut.types import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -50,19 +52,26 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def plan_jobs(
-    checkpoint: Path, data: Sequence[Path], out: Path, options: EvaluationOptions, controls: bool = False
+    checkpoint: Path,
+    data: Sequence[Path],
+    out: Path,
+    options: EvaluationOptions,
+    controls: bool = False,
+    latents: Sequence[int] = (),
 ) -> list[Job]:
     """One job a data set; a single one writes to `out` itself, several to a folder each below it.
 
     Args:
         checkpoint: from `find_checkpoint`.
-        data: data sets; the first is the one that controls are made on.
+        data: data sets; the first is the one that controls and numbers of thoughts are tried on.
         out: folder to write.
         options: of all jobs.
         controls: also with the images shuffled, and with noise for thoughts if the checkpoint has any.
+        latents: also with each of these numbers of thoughts, if the checkpoint has any.
 
     Raises:
         ConfigError: a data set does not exist, or two have the same name.
+        CheckpointError: numbers of thoughts for a checkpoint that was trained without.
     """
     for path in data:
         if not path.exists():
@@ -70,14 +79,18 @@ def plan_jobs(
                 f"data {path} does not exist; `python launch/prepare_data.py arrow-maze` makes the demo's"
             )
     jobs = [Job(path, out / path.stem, options) for path in data]
+    first = jobs[0]
+    changes: dict[str, dict[str, Any]] = {}
     if controls:
-        first = jobs[0]
-        changes: dict[str, dict[str, Any]] = {"images_shuffled": {"shuffle_images": True}}
+        changes["images_shuffled"] = {"shuffle_images": True}
         if (_stage_spec(checkpoint) or {}).get("n_latents"):
             changes["noise"] = {"thoughts": "noise"}
-        for name, change in changes.items():
-            folder = first.out.with_name(f"{first.out.name}-{name}")
-            jobs.append(Job(first.data, folder, dataclasses.replace(options, **change)))
+    if latents:
+        require_thoughts(checkpoint)
+        changes |= {f"latents_{number}": {"latents": number} for number in latents}
+    for name, change in changes.items():
+        folder = first.out.with_name(f"{first.out.name}-{name}")
+        jobs.append(Job(first.data, folder, dataclasses.replace(options, **change)))
     names = [job.out.name for job in jobs]
     if len(set(names)) < len(names):
         raise ConfigError(f"two data sets have the same name ({', '.join(names)}); evaluate them one by one")
@@ -85,62 +98,103 @@ def plan_jobs(
 
 
 def evaluate_checkpoint(
-    checkpoint: Path, jobs: Sequence[Job], *, image_root: Path | None = None, num_threads: int | None = None
+    checkpoint: Path,
+    jobs: Sequence[Job],
+    *,
+    image_root: Path | None = None,
+    num_threads: int | None = None,
+    fresh: bool = False,
 ) -> list[EvaluationResult]:
     """Load a checkpoint, ask it the questions of every job, and write predictions and summaries.
 
-    Under a launcher every rank loads the model and takes its share of the batches.
+    Under a launcher every rank loads the model and takes its share of the batches. A job that is complete is read, one
+    that was killed goes on, as long as checkpoint, data and options are what they were.
 
     Args:
         checkpoint: folder that the trainer wrote, from `find_checkpoint`.
         jobs: from `plan_jobs`.
         image_root: folder of a JSON file's images; None is the file's own.
-        num_threads: CPU threads a rank; None leaves torch's choice.
+        num_threads: CPU threads a rank; None leaves torch's choice. The same number gives the same last digits.
+        fresh: ask everything anew, whatever is there.
 
     Raises:
         CheckpointError: no checkpoint there, or one that does not say at which stage it was trained.
         DataError: the data cannot be used.
     """
-    if _stage_spec(checkpoint) is None:
-        raise CheckpointError(f"{checkpoint / CHECKPOINT_FILE} names no stage; save the checkpoint with the trainer")
+    require_stage(checkpoint)
     # Everything a user can mistype is checked by now; what follows takes seconds to import.
     import torch
 
-    from coconut.data import ImageProcessor, MultimodalCollator, SampleEncoder, open_dataset
+    from coconut.data import open_dataset
     from coconut.evaluation.evaluate import evaluate
-    from coconut.model import MultimodalCoconut
+    from coconut.evaluation.loaded import Loaded, load
+    from coconut.evaluation.progress import Progress
     from coconut.utils import distributed
-    from coconut.utils.tokenizer import load_tokenizer
 
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     distributed.init_distributed_training()
-    _log_to_console(distributed.is_main_process())
+    log_to_console(distributed.is_main_process())
     sources = [open_dataset(job.data, image_root=image_root) for job in jobs]
-    tokenizer = load_tokenizer(str(checkpoint))
-    model = MultimodalCoconut.from_pretrained(checkpoint).to(distributed.get_device()).eval()
-    assert model.stage_spec is not None
-    assert model.prompt_template is not None
-    processor = ImageProcessor.from_pretrained(checkpoint) if model.tokens_per_patch else None
-    encoder = SampleEncoder(tokenizer, processor, model.prompt_template, model.tokens_per_patch)
-    collator = MultimodalCollator(tokenizer, processor, model.latent_token_id)
+    loaded: Loaded | None = None
     results = []
     for job, source in zip(jobs, sources, strict=True):
+        identity = _identity(checkpoint, job, len(source))
+        kept = distributed.on_main_first(partial(_kept, job.out, identity, fresh))
+        if kept is not None:
+            results.append(kept)
+            continue
+        loaded = loaded or load(checkpoint)
+        progress = Progress(job.out, identity)
         result = evaluate(
-            model,
+            loaded.model,
             source,
-            encoder=encoder,
-            collator=collator,
-            tokenizer=tokenizer,
-            spec=model.stage_spec,
+            encoder=loaded.encoder,
+            collator=loaded.collator,
+            tokenizer=loaded.tokenizer,
+            spec=loaded.spec,
             options=job.options,
+            progress=progress,
         )
         results.append(result)
         if distributed.is_main_process():
-            result.save(job.out, {"checkpoint": str(checkpoint), "data": str(job.data), **_facts(model, result)})
+            extra = {"checkpoint": str(checkpoint), "data": str(job.data), "identity": identity}
+            result.save(job.out, {**extra, **_facts(loaded.model, result)})
+            progress.close()
+        distributed.barrier()
     distributed.barrier()
     distributed.shutdown_distributed()
     return results
+
+
+def _identity(checkpoint: Path, job: Job, n_samples: int) -> dict[str, Any]:
+    """What decides an evaluation's numbers: predictions of another one must not be taken for its own."""
+    return {
+        "checkpoint": _files(checkpoint),
+        "data": [str(job.data.resolve()), n_samples, *_files(job.data)],
+        "options": dataclasses.asdict(job.options),
+    }
+
+
+def _files(path: Path) -> list[list[str | int]]:
+    """Name, size and time of change of a file, or of all files of a folder."""
+    found = sorted(path.iterdir()) if path.is_dir() else [path]
+    return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in found if p.is_file()]
+
+
+def _kept(out: Path, identity: dict[str, Any], fresh: bool) -> EvaluationResult | None:
+    """The result that `out` holds already, if it is of this very evaluation; `fresh` removes what is there."""
+    if fresh:
+        shutil.rmtree(out / ".partial", ignore_errors=True)
+        return None
+    try:
+        summary = json.loads((out / SUMMARY_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if summary.get("identity") != json.loads(json.dumps(identity)):
+        return None
+    logging.getLogger("coconut").info("%s holds this evaluation already; --fresh asks anew", out)
+    return EvaluationResult.load(out)
 
 
 def _facts(model: MultimodalCoconut, result: EvaluationResult) -> dict[str, Any]:
@@ -152,10 +206,11 @@ def _facts(model: MultimodalCoconut, result: EvaluationResult) -> dict[str, Any]
 
     config = model.base_model.config
     asked = [p for p in result.predictions if p.error is None]
-    flops = [generation_flops(config, p.n_prompt_tokens, p.n_generated, p.n_patches) for p in asked]
+    flops = [generation_flops(config, p.n_prompt_tokens, max(p.n_generated, 1), p.n_patches) for p in asked]
     return {
         "metadata": model.metadata,
         "flops_per_sample": sum(flops) / len(flops),
+        "peak_memory_mb": _peak_memory_mb(),
         "machine": {
             "ranks": get_world_size(),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
@@ -163,6 +218,39 @@ def _facts(model: MultimodalCoconut, result: EvaluationResult) -> dict[str, Any]
             "dtype": str(model.base_model.dtype).removeprefix("torch."),
         },
     }
+
+
+def _peak_memory_mb() -> float:
+    """Most memory of the main rank so far: of the GPU's tensors, or of the whole process on a CPU."""
+    import resource
+
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3  # KiB on Linux
+
+
+def require_stage(checkpoint: Path) -> dict[str, Any]:
+    """The stage that a checkpoint was trained at.
+
+    Raises:
+        CheckpointError: it names none, or is damaged.
+    """
+    spec = _stage_spec(checkpoint)
+    if spec is None:
+        raise CheckpointError(f"{checkpoint / CHECKPOINT_FILE} names no stage; save the checkpoint with the trainer")
+    return spec
+
+
+def require_thoughts(checkpoint: Path) -> None:
+    """Raises CheckpointError where the checkpoint's stage has no thoughts."""
+    spec = require_stage(checkpoint)
+    if not spec["n_latents"]:
+        raise CheckpointError(
+            f"{checkpoint} was trained at stage {spec['stage']}, which has no thoughts; give a later stage of a "
+            "coconut run"
+        )
 
 
 def _stage_spec(checkpoint: Path) -> dict[str, Any] | None:
@@ -174,7 +262,7 @@ def _stage_spec(checkpoint: Path) -> dict[str, Any] | None:
     return spec
 
 
-def _log_to_console(is_main: bool) -> None:
+def log_to_console(is_main: bool) -> None:
     """Progress and warnings of this project on standard error; the bars of other libraries stay away."""
     from transformers.utils.logging import disable_progress_bar
 

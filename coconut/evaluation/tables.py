@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from coconut.evaluation.collect import Evaluation, Method, spread
-from coconut.evaluation.score import wilson_interval
 from coconut.evaluation.wording import count, duration, percent
 
 
@@ -118,7 +117,8 @@ def mean_of(evaluations: Sequence[Evaluation], name: str) -> float:
 def interval_of(evaluations: Sequence[Evaluation]) -> tuple[float, float]:
     """Of one evaluation the 95 % interval; of several runs the least and the greatest."""
     if len(evaluations) == 1:
-        return wilson_interval(evaluations[0].summary["n_correct"], evaluations[0].summary["n_samples"])
+        low, high = evaluations[0].summary["accuracy_interval_95"]
+        return low, high
     _, _, low, high = spread([e.summary["accuracy"] for e in evaluations])
     return low, high
 

@@ -1,6 +1,6 @@
 """`MultimodalCoconut`: a vision-language model that thinks in continuous latent space.
 
-    ids + tiles --vision tower, once--> embeddings --multipass.run_passes--> hidden --label positions--> loss
+    ids + tiles --vision tower, once--> embeddings --loop.LatentLoop--> hidden --label positions--> loss
 
 Shapes: B rows, L columns, H hidden size, P image tiles of the batch, T image tokens a tile, K latent columns.
 """
@@ -17,12 +17,15 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from coconut.model import loading
-from coconut.model.backbone import normalise_pixels, wrap_backbone
+from coconut.model.auxiliary import AuxiliaryLoss, ThoughtContext
+from coconut.model.backbones import normalise_pixels, wrap_backbone
+from coconut.model.feedback import build_feedback
 from coconut.model.generate import generation_settings, left_pad, wrap_questions
+from coconut.model.loop import LatentLoop, gathered
 from coconut.model.loss import label_loss, label_positions, n_chunks
-from coconut.model.multipass import PassOutput, ThoughtTransform, checkpoint_layers, run_passes
-from coconut.model.spans import cut_into_passes, latent_columns
-from coconut.model.tiles import flatten_tiles, real_tiles, tiles_a_row
+from coconut.model.multipass import CACHE_ARGUMENT, PassOutput, ThoughtTransform, checkpoint_layers
+from coconut.model.spans import count_calls, cut_into_passes, latent_columns
+from coconut.model.tiles import black_tile, flatten_tiles, insert_images, real_tiles, tiles_a_row
 from coconut.types import ConfigError, DataError, PromptTemplate, StageSpec
 from coconut.utils.distributed import all_reduce_max, get_world_size
 
@@ -63,6 +66,11 @@ class MultimodalCoconut(nn.Module):
         super().__init__()
         self.base_model = base_model
         self.backbone = wrap_backbone(base_model)
+        self.latent_feedback = "hidden"
+        self.embedding_norm: float | None = None  # mean over the table's rows; only where the feedback needs it
+        # After base_model, since ZeRO-3 gives a weight to the leaf that it meets last.
+        self.loop = LatentLoop(self.backbone.decoder)
+        self.auxiliary_losses: dict[str, tuple[AuxiliaryLoss, float]] = {}
         self.latent_token_id = latent_token_id
         self.start_latent_id = start_latent_id
         self.end_latent_id = end_latent_id
@@ -112,6 +120,47 @@ class MultimodalCoconut(nn.Module):
         """
         loading.save_model(self, Path(path), state_dict)
 
+    def set_latent_feedback(self, name: str, embedding_norm: float | None = None) -> None:
+        """Choose what is fed back as a thought: hidden (the paper), normed or projector (see `coconut.model.feedback`).
+
+        Args:
+            name: one of the three.
+            embedding_norm: what normed thoughts are scaled to; by default the mean norm of the embedding table's rows.
+        """
+        if name != "hidden" and embedding_norm is None:
+            weight = self.base_model.get_input_embeddings().weight
+            with gathered([weight]), torch.no_grad():
+                embedding_norm = float(weight.float().norm(dim=1).mean())
+        feedback = build_feedback(name, embedding_norm or 0.0, self.hidden_size)
+        self.loop.feedback = None if feedback is None else feedback.to(device=self.device, dtype=self.base_model.dtype)
+        self.latent_feedback, self.embedding_norm = name, embedding_norm
+
+    def set_latent_passes(self, iterations: int | None) -> None:
+        """None computes thoughts one after the other (the paper); a number, all together so many times (Jacobi).
+
+        With as many iterations as a span has thoughts both are equal (arXiv 2506.18582).
+        """
+        if iterations is not None and iterations < 1:
+            raise ConfigError(f"jacobi_iterations is {iterations}; it must be at least 1")
+        self.loop.iterations = iterations
+
+    def add_auxiliary_loss(self, name: str, loss: AuxiliaryLoss, weight: float) -> None:
+        """Add `weight` times a loss on the thoughts to the training loss (see `coconut.model.auxiliary`)."""
+        if isinstance(loss, nn.Module):
+            self.add_module(f"auxiliary_{len(self.auxiliary_losses)}", loss)
+        self.auxiliary_losses[name] = (loss, weight)
+
+    @property
+    def text_parameters(self) -> list[nn.Parameter]:
+        """Those of embedding, decoder and head: all that generating text takes."""
+        modules = (self.backbone.decoder, self.base_model.get_input_embeddings(), self.backbone.head)
+        return list({id(p): p for module in modules for p in module.parameters()}.values())
+
+    @property
+    def _text_weights_held(self) -> bool:
+        """Whether the loop is a leaf, and so fits as a whole."""
+        return self.loop.is_leaf and any(hasattr(parameter, "ds_id") for parameter in self.loop.parameters())
+
     def gradient_checkpointing_enable(self) -> None:
         """Recompute activations in the backward: per decoder layer and pass, and in the vision tower."""
         checkpoint_layers(self.backbone.decoder_layers)
@@ -147,6 +196,7 @@ class MultimodalCoconut(nn.Module):
         loss_only: bool = False,
         num_items_in_batch: float | Tensor | None = None,
         output_thoughts: bool = False,
+        thought_transform: ThoughtTransform | None = None,
     ) -> CoconutOutput | tuple[Any, ...]:
         """Logits, and the loss when labels are given (arXiv 2412.06769, section 3).
 
@@ -167,6 +217,7 @@ class MultimodalCoconut(nn.Module):
             loss_only: compute logits at label positions only, and return none.
             num_items_in_batch: divisor of the summed loss; by default the batch's own label tokens.
             output_thoughts: return the thoughts [B, K, H].
+            thought_transform: replaces each thought before it is fed back.
 
         Raises:
             DataError: images and image tokens do not match, or a latent has no token before it.
@@ -177,16 +228,21 @@ class MultimodalCoconut(nn.Module):
         if past_key_values is not None:
             if columns:
                 raise DataError("past_key_values cannot be given together with latent tokens in input_ids")
-            return self.base_model(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                labels=labels,
-                use_cache=use_cache,
-                output_attentions=output_attentions,
-                output_hidden_states=output_hidden_states,
-                return_dict=return_dict is not False,
-            )
+            if self._text_weights_held and torch.is_grad_enabled():
+                raise ConfigError(
+                    "past_key_values are for inference; under ZeRO-3 call forward in torch.no_grad() then"
+                )
+            with gathered(self.text_parameters if self._text_weights_held else []):
+                return self.base_model(
+                    input_ids=input_ids,
+                    attention_mask=attention_mask,
+                    labels=labels,
+                    use_cache=use_cache,
+                    output_attentions=output_attentions,
+                    output_hidden_states=output_hidden_states,
+                    return_dict=return_dict is not False,
+                    **{CACHE_ARGUMENT: past_key_values},
+                )
         if output_attentions and self.backbone.text_config._attn_implementation != "eager":
             raise ConfigError(
                 "output_attentions needs attn_implementation eager, as no other kernel keeps its weights; set it in "
@@ -196,18 +252,21 @@ class MultimodalCoconut(nn.Module):
             # A padded position has nothing to predict, whatever its label says.
             labels = labels.masked_fill(attention_mask == 0, -100)
         chunks = n_chunks(int(label_positions(labels).sum())) if labels is not None else 1
-        output, hidden_BLH, chunks = self._run(
+        visual_features, chunks, n_calls = self._before_the_loop(
+            real_tiles(pixel_values, num_patches, image_flags), visual_features, columns, chunks
+        )
+        output = self._run(
             input_ids,
             attention_mask,
             columns,
+            visual_features,
+            n_calls,
             position_ids=position_ids,
-            pixel_values=real_tiles(pixel_values, num_patches, image_flags),
-            visual_features=visual_features,
-            chunks=chunks,
+            thought_transform=thought_transform,
             output_hidden_states=bool(output_hidden_states),
             output_attentions=bool(output_attentions),
         )
-        head = self.backbone.head
+        head, hidden_BLH = self.backbone.head, output.hidden_BLH
         logits = None if loss_only else head(hidden_BLH)
         loss = None
         if labels is not None:
@@ -217,98 +276,80 @@ class MultimodalCoconut(nn.Module):
                 total = label_loss(head, hidden_BLH, labels, chunks)
             else:
                 total = label_loss(nn.Identity(), logits, labels)
+            if self.training and self.auxiliary_losses:
+                is_thought_BK = input_ids[:, columns] == self.latent_token_id
+                context = ThoughtContext(
+                    output.thoughts_BKH, is_thought_BK, hidden_BLH, input_ids, attention_mask, labels, visual_features
+                )
+                total = total + sum(weight * auxiliary(context) for auxiliary, weight in self.auxiliary_losses.values())
             loss = total / num_items_in_batch
-        assert output.cache is not None
         result = CoconutOutput(
             loss=loss,
             logits=logits,
             past_key_values=output.cache.to_dynamic(self.backbone.text_config) if use_cache else None,
-            hidden_states=output.hidden_states,
-            attentions=output.attentions,
-            thoughts=_stack_thoughts(output, hidden_BLH) if output_thoughts else None,
+            hidden_states=output.hidden_states or None,
+            attentions=output.attentions or None,
+            thoughts=output.thoughts_BKH if output_thoughts else None,
         )
         return result.to_tuple() if return_dict is False else result
+
+    def _before_the_loop(
+        self, pixel_values: Tensor | None, visual_features: Tensor | None, columns: list[int], chunks: int = 1
+    ) -> tuple[Tensor | None, int, int | None]:
+        """What all ranks agree on, and the pictures: visual features [P, T, H], calls of the head, of the decoder.
+
+        An image nowhere in the batch still leaves the vision tower to be called: ZeRO counts calls on every rank, and
+        ZeRO-3 would apply the last step's gradient once more to a parameter that got none in this one.
+        """
+        n_calls = None
+        if self.lockstep and get_world_size() > 1:
+            own = count_calls(columns, self.loop.iterations)
+            if self.latent_feedback == "projector":
+                own = max(own, 2)  # its weights must get a gradient in every step, as the vision tower's
+            n_calls, chunks = (int(v) for v in all_reduce_max([own, chunks]))
+        if pixel_values is not None:
+            visual_features = self.encode_images(pixel_values)
+        elif self.lockstep and self.backbone.tile_size > 0:
+            nothing_0TH = self.encode_images(black_tile(self.backbone.tile_size))[:0]
+            visual_features = nothing_0TH if visual_features is None else visual_features
+        return visual_features, chunks, n_calls
 
     def _run(
         self,
         input_ids: Tensor,
         attention_mask: Tensor,
         columns: list[int],
+        visual_features: Tensor | None,
+        n_calls: int | None,
         *,
         position_ids: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        visual_features: Tensor | None = None,
-        chunks: int = 1,
         thought_transform: ThoughtTransform | None = None,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
-    ) -> tuple[PassOutput, Tensor, int]:
-        """Embed, then run the passes all ranks agreed on; returns the loop's output, hidden [B, L, H], head calls."""
+    ) -> PassOutput:
+        """Embed, then run the passes all ranks agreed on."""
         length = input_ids.shape[1]
-        n_passes = len(columns) + 1
-        # An image nowhere in the batch still leaves the vision tower to be called: ZeRO counts calls on every rank, and
-        # ZeRO-3 would apply the last step's gradient once more to a parameter that got none in this one.
-        see_nothing = self.lockstep and pixel_values is None and self.backbone.tile_size > 0
-        if self.lockstep and get_world_size() > 1:
-            n_passes, chunks = (int(v) for v in all_reduce_max([n_passes, chunks]))
-        if length < n_passes:  # a very short batch is widened by padding so that it can be cut as often as the others
-            pad = n_passes - length
+        # A very short batch is widened by padding so that it can be cut as often as the others.
+        if n_calls is not None and (pad := n_calls + len(columns) - length) > 0:
             input_ids = nn.functional.pad(input_ids, (0, pad), value=self.eos_token_id)
             attention_mask = nn.functional.pad(attention_mask, (0, pad), value=0)
             position_ids = None if position_ids is None else nn.functional.pad(position_ids, (0, pad), value=0)
         if position_ids is None:
-            position_ids = self.backbone.position_ids(attention_mask)
-        if pixel_values is not None:
-            visual_features = self.encode_images(pixel_values)
-        elif see_nothing:
-            nothing_0TH = self.encode_images(self._black_tile())[:0]
-            visual_features = nothing_0TH if visual_features is None else visual_features
+            position_ids = self.backbone.position_ids(input_ids, attention_mask)
         embeds_BLH = self.backbone.embed(input_ids)
-        if visual_features is not None:
-            embeds_BLH = self._insert_images(embeds_BLH, input_ids, visual_features)
-        elif n_image_tokens := self._count_image_tokens(input_ids):
-            raise DataError(
-                f"input_ids hold {n_image_tokens} image tokens (id {self.backbone.image_token_id}), but no "
-                "pixel_values or visual_features were given"
-            )
-        output = run_passes(
-            self.backbone.decoder,
+        embeds_BLH = insert_images(embeds_BLH, input_ids, self.backbone.image_token_id, visual_features)
+        output = self.loop.run(
             embeds_BLH,
             attention_mask,
             position_ids,
-            cut_into_passes(columns, input_ids.shape[1], n_passes),
+            cut_into_passes(columns, input_ids.shape[1], n_calls, self.loop.iterations),
             input_ids == self.latent_token_id,
-            latent_columns=columns,
             thought_transform=thought_transform,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
         )
-        return output, output.hidden_BLH[:, :length], chunks
-
-    def _black_tile(self) -> Tensor:
-        """What the vision tower is shown when there is no image; its features are cut away, not multiplied by zero.
-
-        So it is in the graph and gets gradients of exactly zero, with no arithmetic that makes NaN of an infinity.
-        """
-        size = self.backbone.tile_size
-        return torch.zeros(1, 3, size, size, dtype=torch.uint8, device=self.device)
-
-    def _count_image_tokens(self, input_ids: Tensor) -> int:
-        return 0 if self.backbone.image_token_id is None else int((input_ids == self.backbone.image_token_id).sum())
-
-    def _insert_images(self, embeds_BLH: Tensor, input_ids: Tensor, features_PTH: Tensor) -> Tensor:
-        """Put visual features where the image tokens are, in order."""
-        features_NH = features_PTH.reshape(-1, features_PTH.shape[-1])
-        n_tokens = self._count_image_tokens(input_ids)
-        if n_tokens != features_NH.shape[0]:
-            raise DataError(
-                f"input_ids hold {n_tokens} image tokens, but {features_PTH.shape[0]} tiles give "
-                f"{features_NH.shape[0]} ({self.tokens_per_patch} a tile); expand one image token a feature, and "
-                "pass num_patches when pixel_values are padded"
-            )
-        is_image_BL = torch.eq(input_ids, self.backbone.image_token_id or -1)
-        rows_columns = is_image_BL.nonzero(as_tuple=True)
-        return embeds_BLH.index_put(rows_columns, features_NH.to(embeds_BLH.dtype))
+        output.hidden_BLH = output.hidden_BLH[:, :length]
+        return output
 
     @torch.no_grad()
     def generate(
@@ -358,39 +399,52 @@ class MultimodalCoconut(nn.Module):
         if bool((input_ids[:, -1] == self.latent_token_id).any()):
             raise DataError("a prompt ends with a latent token; end the span with <|end-latent|>")
         columns = latent_columns(input_ids, self.latent_token_id, mask)
-        width = len(columns) + 2  # one column a pass, and the last one, which transformers' decoding takes
-        if self.lockstep and get_world_size() > 1:
-            (width,) = (int(v) for v in all_reduce_max([width]))
-        if (missing := width - input_ids.shape[1]) > 0:  # a short batch, where another rank has more thoughts
-            input_ids = nn.functional.pad(input_ids, (missing, 0), value=self.eos_token_id)
-            mask = nn.functional.pad(mask, (missing, 0), value=0)
-            columns = [column + missing for column in columns]
         settings = generation_settings(generation_config, generate_kwargs, self.eos_token_id)
+        extra = {k: v for k, v in generate_kwargs.items() if not hasattr(settings, k)}
         was_training = self.training
         self.eval()
-        output, _, _ = self._run(
+        with gathered(self.text_parameters if self._text_weights_held else []):
+            visual_features, _, n_calls = self._before_the_loop(pixel_values, visual_features, columns)
+            # One column more than the passes need, the last, which transformers' decoding takes.
+            missing = (n_calls or 1) + len(columns) + 1 - input_ids.shape[1]
+            if missing > 0:  # a short batch, where another rank has more thoughts
+                input_ids = nn.functional.pad(input_ids, (missing, 0), value=self.eos_token_id)
+                mask = nn.functional.pad(mask, (missing, 0), value=0)
+                columns = [column + missing for column in columns]
+            ids = self._decode(input_ids, mask, columns, visual_features, n_calls, thought_transform, settings, extra)
+        self.train(was_training)
+        return ids
+
+    def _decode(
+        self,
+        input_ids: Tensor,
+        mask: Tensor,
+        columns: list[int],
+        visual_features: Tensor | None,
+        n_calls: int | None,
+        thought_transform: ThoughtTransform | None,
+        settings: GenerationConfig,
+        extra: dict[str, Any],
+    ) -> Tensor:
+        """Think once, then decode through transformers from the cache."""
+        output = self._run(
             input_ids[:, :-1],
             mask[:, :-1],
             columns,
-            pixel_values=pixel_values,
-            visual_features=visual_features,
+            visual_features,
+            n_calls,
             thought_transform=thought_transform,
         )
-        assert output.cache is not None
         cache = output.cache.to_dynamic(self.backbone.text_config)
         cache.batch_repeat_interleave(max(settings.num_beams or 1, settings.num_return_sequences or 1))
-        extra = {k: v for k, v in generate_kwargs.items() if not hasattr(settings, k)}
+        self.backbone.prepare_decoding(input_ids, mask)
         ids = self.base_model.generate(
             input_ids=input_ids,
             attention_mask=mask,
             generation_config=settings,
-            synced_gpus=self.lockstep and get_world_size() > 1,
-            past_key_values=cache,
+            # Ranks that decode with partitioned weights must make equally many steps.
+            synced_gpus=self.lockstep and get_world_size() > 1 and not self._text_weights_held,
+            **{CACHE_ARGUMENT: cache},
             **extra,
         )
-        self.train(was_training)
         return ids[:, input_ids.shape[1] :]
-
-
-def _stack_thoughts(output: PassOutput, hidden_BLH: Tensor) -> Tensor:
-    return torch.cat(output.thoughts, dim=1) if output.thoughts else hidden_BLH[:, :0]

@@ -2,22 +2,30 @@
 
 FOLDER/config.json  model.safetensors  tokenizer ...      what plain transformers reads
 FOLDER/coconut.json                                        latent ids, prompt template, stage, metadata
+FOLDER/custom_generate/generate.py                         for `generate` in plain transformers, with trust_remote_code
+FOLDER/coconut.safetensors                                 weights that transformers does not know, where there are any
 """
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from coconut.config.deepspeed import zero_stage
-from coconut.model.backbone import backbone_class
+from coconut.model import custom_generate
+from coconut.model.auxiliary import load_auxiliary_loss
+from coconut.model.backbones import backbone_class, original_internvl
+from coconut.model.backbones.base import Backbone
+from coconut.model.backbones.internvl import InternVLBackbone
 from coconut.types import CheckpointError, ConfigError, PromptTemplate, StageSpec
 from coconut.utils.distributed import get_world_size, init_distributed_training
 from coconut.utils.logging import get_logger
@@ -29,6 +37,7 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 METADATA_FILE = "coconut.json"
+OWN_WEIGHTS_FILE = "coconut.safetensors"
 BASE_PREFIX = "base_model."
 
 
@@ -37,7 +46,13 @@ def load_model(cls: type[MultimodalCoconut], model_id: str | Path, config: Any =
     tokenizer = load_tokenizer(str(model_id))
     start_id, latent_id, end_id = special_token_ids(tokenizer)
     try:
-        hf_config = AutoConfig.from_pretrained(str(model_id))
+        raw_config, _ = PreTrainedConfig.get_config_dict(str(model_id))
+        is_original = raw_config.get("model_type") == original_internvl.MODEL_TYPE
+        if is_original:
+            image_token_id = tokenizer.convert_tokens_to_ids(original_internvl.CONTEXT_TOKEN)
+            hf_config = original_internvl.convert_config(raw_config, image_token_id)
+        else:
+            hf_config = AutoConfig.from_pretrained(str(model_id))
     except (OSError, ValueError) as error:
         raise ConfigError(f"model_id {str(model_id)!r} has no readable config.json: {error}") from error
     adapter = backbone_class(hf_config.model_type)
@@ -48,7 +63,10 @@ def load_model(cls: type[MultimodalCoconut], model_id: str | Path, config: Any =
         options["attn_implementation"] = config.attn_implementation
         keep_alive = _enter_zero3(config, hf_config)
     try:
-        base_model = adapter.auto_class.from_pretrained(str(model_id), **options)
+        if is_original:
+            base_model = original_internvl.load_original(str(model_id), raw_config, image_token_id, options)
+        else:
+            base_model = adapter.auto_class.from_pretrained(str(model_id), **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"cannot load weights from {str(model_id)!r}: {error}") from error
     init_token = getattr(config, "latent_init_token", None) if config is not None else None
@@ -56,7 +74,19 @@ def load_model(cls: type[MultimodalCoconut], model_id: str | Path, config: Any =
     model = cls(base_model, latent_id, start_id, end_id, tokenizer.eos_token_id)
     model.zero3_config = keep_alive
     _read_metadata(model, Path(model_id))
+    if config is not None:
+        _configure(model, config)
+    _read_own_weights(model, Path(model_id))
     return model
+
+
+def _configure(model: MultimodalCoconut, config: Any) -> None:
+    """What the run asks for wins over what the checkpoint was trained with, so that training may go on differently."""
+    if config.latent_feedback != model.latent_feedback:
+        model.set_latent_feedback(config.latent_feedback)
+    model.set_latent_passes(config.jacobi_iterations if config.latent_passes == "jacobi" else None)
+    for path, weight in config.auxiliary_losses.items():
+        model.add_auxiliary_loss(path, load_auxiliary_loss(path), weight)
 
 
 def _enter_zero3(config: Any, hf_config: Any) -> Any:
@@ -125,22 +155,63 @@ def _read_metadata(model: MultimodalCoconut, folder: Path) -> None:
         model.prompt_template = PromptTemplate.from_dict(content["prompt_template"])
         model.stage_spec = StageSpec(**content["stage_spec"]) if content["stage_spec"] else None
         model.metadata = content["metadata"]
+        latents = content.get("latents", {})  # not in checkpoints of older versions
+        model.set_latent_feedback(latents.get("feedback", "hidden"), latents.get("embedding_norm"))
+        model.set_latent_passes(latents.get("jacobi_iterations"))
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged ({error!r}); save the checkpoint again") from error
+
+
+def _read_own_weights(model: MultimodalCoconut, folder: Path) -> None:
+    """Weights that are no part of the transformers model: the projector's, and those of auxiliary losses."""
+    path = folder / OWN_WEIGHTS_FILE
+    if not path.is_file():
+        return
+    try:
+        found = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); save the checkpoint again") from error
+    wanted = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(BASE_PREFIX)}
+    if unfit := [name for name in found if name in wanted and found[name].shape != wanted[name].shape]:
+        raise CheckpointError(f"{path} holds weights of other sizes than this model's: {', '.join(unfit)}")
+    unused = sorted(found.keys() - wanted.keys())
+    if unused:
+        logger.warning("%s holds weights that this run has no use for: %s", path, ", ".join(unused))
+    model.load_state_dict({name: tensor for name, tensor in found.items() if name in wanted}, strict=False)
+
+
+def _hand_on_generation(model: MultimodalCoconut, folder: Path) -> None:
+    """Let plain transformers think in latent space too, where one file that it can load suffices for it."""
+    is_plain = model.loop.iterations is None and model.latent_feedback in ("hidden", "normed")
+    if not is_plain or type(model.backbone) not in (Backbone, InternVLBackbone):
+        return
+    model.base_model.config.latent_token_id = model.latent_token_id
+    model.base_model.config.latent_embedding_norm = model.embedding_norm
+    target = folder / "custom_generate" / "generate.py"
+    target.parent.mkdir(exist_ok=True)
+    target.write_text(inspect.getsource(custom_generate))
 
 
 def save_model(model: MultimodalCoconut, folder: Path, state_dict: dict[str, Tensor] | None) -> None:
     """See `MultimodalCoconut.save_pretrained`."""
     folder.mkdir(parents=True, exist_ok=True)
-    weights = None
-    if state_dict is not None:
-        weights = {name.removeprefix(BASE_PREFIX): w for name, w in state_dict.items() if name.startswith(BASE_PREFIX)}
-    model.base_model.save_pretrained(folder, state_dict=weights)
+    _hand_on_generation(model, folder)
+    whole = model.state_dict() if state_dict is None else state_dict
+    weights = {name.removeprefix(BASE_PREFIX): w for name, w in whole.items() if name.startswith(BASE_PREFIX)}
+    model.base_model.save_pretrained(folder, state_dict=None if state_dict is None else weights)
+    own = {name: w.contiguous() for name, w in whole.items() if not name.startswith(BASE_PREFIX)}
+    if own:
+        save_file(own, folder / OWN_WEIGHTS_FILE)
     template = model.prompt_template or PromptTemplate()
     content = {
         "latent_ids": list(model.latent_ids),
         "prompt_template": template.to_dict(),
         "stage_spec": dataclasses.asdict(model.stage_spec) if model.stage_spec else None,
+        "latents": {
+            "feedback": model.latent_feedback,
+            "embedding_norm": model.embedding_norm,
+            "jacobi_iterations": model.loop.iterations,
+        },
         "metadata": model.metadata,
     }
     (folder / METADATA_FILE).write_text(json.dumps(content, indent=2) + "\n")

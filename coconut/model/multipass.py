@@ -3,74 +3,136 @@
     embeddings [B, L, H] --cut at every latent column--> pass 0, 1, ..., K --concatenate--> hidden [B, L, H]
                                                             |  ^
                        last hidden state of the column before  |  becomes the latent's input embedding
-                                                            keys and values of earlier passes, as parts
+                                                            keys and values of earlier passes
 
-Gradients flow through the thoughts and through the keys and values (arXiv 2412.06769, section 3). Nothing is
-written in place, and no loop runs over rows or tokens.
+Gradients flow through the thoughts and through the keys and values (arXiv 2412.06769, section 3). No value is ever
+overwritten, and no loop runs over rows or tokens.
 
-Shapes: B rows, L columns, H hidden size, K latent columns, q columns of one pass, p columns before it.
+Shapes: B rows, L columns, H hidden size, K latent columns, q columns of one pass, p columns before it, h heads of keys
+and values, D their size.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import LlamaModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from coconut.model.spans import Segment
+
+#: What transformers calls keys and values among a model's arguments; the second name is that of releases before 5.24.
+CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
 
 #: Replaces a thought before it is fed back: (thought [B, 1, H], index of the latent column) -> [B, 1, H].
 ThoughtTransform = Callable[[Tensor, int], Tensor]
 
-Part = tuple[Tensor, Tensor]  # keys and values [B, kv_heads, q, head_dim] of one pass
+#: Makes the embeddings that are fed back of hidden states, column by column: [B, q, H] -> [B, q, H].
+Feedback = Callable[[Tensor], Tensor]
+
+Columns = tuple[Tensor, Tensor]  # keys and values [B, kv_heads, columns, head_dim]
 
 
-class _PartLayer(DynamicLayer):
-    """One decoder layer's keys and values as seen from one pass.
+class _Append(torch.autograd.Function):
+    """Write new columns behind earlier ones into memory that all passes share, and return a view of all so far.
 
-    The parts of all passes are shared between the views; the concatenation is made when attention asks for it and
-    kept by nobody. `update` may be called twice for the same pass, since activation checkpointing runs the layer
-    again in the backward: the second call reads the same earlier parts and appends nothing.
+    A concatenation in each pass would copy the whole prefix each time, and the backward would hold every copy. Columns
+    are written once and never changed (a recomputation writes the same values again), so every pass may keep its view;
+    ``.data`` says so to autograd, which would take the next pass's columns for a change of this one's.
     """
 
-    def __init__(self, parts: list[Part], pass_index: int) -> None:
+    @staticmethod
+    def forward(ctx: Any, memory: _Memory, new_BhqD: Tensor, earlier_BhpD: Tensor | None) -> Tensor:
+        ctx.start = 0 if earlier_BhpD is None else earlier_BhpD.shape[-2]
+        whole_BhLD = memory.like(new_BhqD)
+        end = ctx.start + new_BhqD.shape[-2]
+        whole_BhLD.data[..., ctx.start : end, :] = new_BhqD
+        return whole_BhLD.data[..., :end, :]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, Tensor | None]:
+        (gradient_BhD,) = gradients
+        earlier = gradient_BhD[..., : ctx.start, :] if ctx.start else None
+        return None, gradient_BhD[..., ctx.start :, :], earlier
+
+
+class _Memory:
+    """Room for the keys, or the values, of all columns in one layer; made when the first are there."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+        self.whole: Tensor | None = None
+
+    def like(self, columns: Tensor) -> Tensor:
+        if self.whole is None:
+            rows, heads, _, size = columns.shape
+            self.whole = columns.new_empty(rows, heads, self.length, size)
+        return self.whole
+
+
+class _PassLayer(DynamicLayer):
+    """One decoder layer's keys and values as seen from one pass.
+
+    `update` may be called twice for the same pass, since activation checkpointing runs the layer again in the backward:
+    the second call reads the same earlier columns and leaves no trace.
+
+    Args:
+        parts: all columns up to each pass's end, shared between the views of the passes.
+        memory: of keys and of values.
+        pass_index: which pass.
+        keep: False for a trial, whose columns no later pass sees.
+    """
+
+    def __init__(self, parts: list[Columns], memory: tuple[_Memory, _Memory], pass_index: int, keep: bool) -> None:
         super().__init__()
-        self.parts = parts
-        self.pass_index = pass_index
+        self.parts, self.memory, self.pass_index, self.keep = parts, memory, pass_index, keep
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> Part:
-        earlier = self.parts[: self.pass_index]
+    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> Columns:
+        keys, values = self.parts[self.pass_index - 1] if self.pass_index else (None, None)
+        if not self.keep:
+            assert keys is not None and values is not None
+            return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
+        columns = (
+            _Append.apply(self.memory[0], key_states, keys),
+            _Append.apply(self.memory[1], value_states, values),
+        )
         if len(self.parts) == self.pass_index:
-            self.parts.append((key_states, value_states))
-        if not earlier:
-            return key_states, value_states
-        keys = torch.cat([*(part[0] for part in earlier), key_states], dim=-2)
-        values = torch.cat([*(part[1] for part in earlier), value_states], dim=-2)
-        return keys, values
+            self.parts.append(columns)
+        return columns
 
     def get_seq_length(self) -> int:
-        return sum(keys.shape[-2] for keys, _ in self.parts[: self.pass_index])
+        return self.parts[self.pass_index - 1][0].shape[-2] if self.pass_index else 0
 
 
 class PassCache:
-    """Keys and values of all passes, layer by layer, as the parts in which they were computed."""
+    """Keys and values of all passes, layer by layer.
 
-    def __init__(self, n_layers: int) -> None:
-        self.parts: list[list[Part]] = [[] for _ in range(n_layers)]
+    Args:
+        n_layers: of the decoder.
+        length: columns of all passes together.
+    """
 
-    def view(self, pass_index: int) -> Cache:
-        """The cache that the decoder is given in pass `pass_index`."""
-        return Cache(layers=[_PartLayer(parts, pass_index) for parts in self.parts])
+    def __init__(self, n_layers: int, length: int) -> None:
+        self.parts: list[list[Columns]] = [[] for _ in range(n_layers)]
+        self.memory = [(_Memory(length), _Memory(length)) for _ in range(n_layers)]
+
+    def view(self, pass_index: int, keep: bool = True) -> Cache:
+        """The cache that the decoder is given in pass `pass_index`; without `keep` its own columns are not stored."""
+        layers = zip(self.parts, self.memory, strict=True)
+        return Cache(layers=[_PassLayer(parts, memory, pass_index, keep) for parts, memory in layers])
 
     def to_dynamic(self, config: object) -> DynamicCache:
         """An ordinary transformers cache with the same content."""
         cache = DynamicCache(config=config)
         for layer, parts in enumerate(self.parts):
-            cache.update(torch.cat([k for k, _ in parts], dim=-2), torch.cat([v for _, v in parts], dim=-2), layer)
+            cache.update(*parts[-1], layer)
         return cache
 
 
@@ -79,21 +141,22 @@ class PassOutput:
     """What the loop returns; sequences at full length, as if the decoder had run once."""
 
     hidden_BLH: Tensor  # after the final norm
-    thoughts: list[Tensor] = field(default_factory=list)  # [B, 1, H] each, one a latent column
-    cache: PassCache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None  # per layer [B, L, H]
-    attentions: tuple[Tensor, ...] | None = None  # per layer [B, heads, L, L]
+    thoughts_BKH: Tensor  # what was fed back, one column a latent column
+    cache: PassCache
+    hidden_states: tuple[Tensor, ...] = ()  # per layer [B, L, H]
+    attentions: tuple[Tensor, ...] = ()  # per layer [B, heads, L, L]
 
 
 def run_passes(
-    decoder: Any,
+    decoder: Callable[..., Any],
     embeds_BLH: Tensor,
     attention_mask_BL: Tensor,
     position_ids: Tensor,
-    segments: Sequence[tuple[int, int]],
+    segments: Sequence[Segment],
     is_latent_BL: Tensor,
+    cache: PassCache,
     *,
-    latent_columns: Sequence[int] = (),
+    feedback: Feedback | None = None,
     thought_transform: ThoughtTransform | None = None,
     output_hidden_states: bool = False,
     output_attentions: bool = False,
@@ -102,35 +165,63 @@ def run_passes(
 
     Args:
         decoder: a transformers decoder without head; returns ``last_hidden_state`` after its final norm.
-        embeds_BLH: input embeddings; those at latent positions are ignored.
+        embeds_BLH: input embeddings; at latent positions they are used only as the first guess of latents that are
+            computed together (`Segment.iterations`).
         attention_mask_BL: 1 for tokens, 0 for padding.
         position_ids: [B, L], or [axes, B, L] for multi-axis rotary embeddings.
-        segments: consecutive [start, end) column ranges (`spans.cut_into_passes`).
+        segments: from `spans.cut_into_passes`.
         is_latent_BL: which positions are latents.
-        latent_columns: the segment starts at which hidden states are fed back.
+        cache: an empty one; holds the keys and values of all columns afterwards.
+        feedback: maps the hidden states [B, q, H] to the embeddings that continue them; None feeds them back as they
+            are (the paper).
         thought_transform: replaces the thoughts; for experiments on what they carry.
     """
-    cache = PassCache(decoder.config.num_hidden_layers)
-    latent_index = {column: k for k, column in enumerate(latent_columns)}
     hidden: list[Tensor] = []
     thoughts: list[Tensor] = []
     states: list[tuple[Tensor, ...]] = []
     attentions: list[tuple[Tensor, ...]] = []
-    for pass_index, (start, end) in enumerate(segments):
-        embeds_BqH = embeds_BLH[:, start:end]
-        if start in latent_index:
-            thought_B1H = hidden[-1][:, -1:]
-            if thought_transform is not None:
-                thought_B1H = thought_transform(thought_B1H, latent_index[start])
-            thoughts.append(thought_B1H)
-            first_B1H = torch.where(is_latent_BL[:, start, None, None], thought_B1H, embeds_BqH[:, :1])
-            embeds_BqH = torch.cat([first_B1H, embeds_BqH[:, 1:]], dim=1)
-        out = decoder(
+
+    def call(embeds_BqH: Tensor, start: int, index: int, keep: bool, **options: bool) -> Any:
+        end = start + embeds_BqH.shape[1]
+        return decoder(
             inputs_embeds=embeds_BqH,
             attention_mask=attention_mask_BL[:, :end],
             position_ids=position_ids[..., start:end],
-            past_key_values=cache.view(pass_index),
             use_cache=True,
+            **{CACHE_ARGUMENT: cache.view(index, keep)},
+            **options,
+        )
+
+    def fed_back(hidden_BqH: Tensor) -> Tensor:
+        """The embeddings of the next latents, given the hidden states of the columns before them."""
+        thought_BqH = hidden_BqH if feedback is None else feedback(hidden_BqH)
+        if thought_transform is None or not segment.n_latents:
+            return thought_BqH
+        first = sum(thought.shape[1] for thought in thoughts)
+        columns = [thought_transform(thought_BqH[:, i : i + 1], first + i) for i in range(thought_BqH.shape[1])]
+        return torch.cat(columns, dim=1)
+
+    for index, segment in enumerate(segments):
+        embeds_BqH = embeds_BLH[:, segment.start : segment.end]
+        if index:  # at a cut without a latent too, so that all ranks call the feedback equally often
+            n = max(segment.n_latents, 1)
+            is_latent_Bn1 = is_latent_BL[:, segment.start : segment.start + n, None]
+            before_B1H = hidden[-1][:, -1:]
+            latents_BnH = torch.where(is_latent_Bn1[:, :1], fed_back(before_B1H), embeds_BqH[:, :1])
+            if n > 1:  # the first guess of all but the first is the latent token's own embedding
+                latents_BnH = torch.cat([latents_BnH, embeds_BqH[:, 1:n]], dim=1)
+            for _ in range(segment.iterations - 1):
+                out = call(latents_BnH, segment.start, index, keep=False)
+                next_BnH = fed_back(torch.cat([before_B1H, out.last_hidden_state[:, :-1]], dim=1))
+                latents_BnH = torch.where(is_latent_Bn1, next_BnH, embeds_BqH[:, :n])
+            if segment.n_latents:
+                thoughts.append(latents_BnH)
+            embeds_BqH = torch.cat([latents_BnH, embeds_BqH[:, n:]], dim=1)
+        out = call(
+            embeds_BqH,
+            segment.start,
+            index,
+            keep=True,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
         )
@@ -141,10 +232,10 @@ def run_passes(
             attentions.append(out.attentions)
     return PassOutput(
         hidden_BLH=torch.cat(hidden, dim=1),
-        thoughts=thoughts,
+        thoughts_BKH=torch.cat(thoughts, dim=1) if thoughts else embeds_BLH[:, :0],
         cache=cache,
-        hidden_states=_join_columns(states) if output_hidden_states else None,
-        attentions=_join_attentions(attentions, embeds_BLH.shape[1]) if output_attentions else None,
+        hidden_states=_join_columns(states) if output_hidden_states else (),
+        attentions=_join_attentions(attentions, embeds_BLH.shape[1]) if output_attentions else (),
     )
 
 

@@ -2,10 +2,11 @@
 
 Shapes: B rows, L columns, K latent columns.
 
-A latent's input embedding is the last hidden state of the column before it, so every latent column starts a
-new pass. The columns are cut there:
+A latent's input embedding is the last hidden state of the column before it, so the columns are cut before latents:
 
-    latent columns {5, 6, 7}, L = 12   ->   [0,5) [5,6) [6,7) [7,12)      K + 1 passes
+    latent columns {5, 6, 7}, L = 12
+    one after the other      ->   [0,5) [5,6) [6,7) [7,12)     K + 1 calls of the decoder
+    together, n iterations   ->   [0,5) n x [5,8) ... [5,12)   n + 1 calls (arXiv 2506.18582)
 
 Under ZeRO-3 every rank must call the decoder equally often. A rank with fewer latents than another cuts its
 columns in as many pieces all the same: a cut without a latent changes nothing but the cost (the key/value cache
@@ -14,12 +15,23 @@ makes a causal decoder indifferent to where its input is cut), so no dummy work 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from coconut.types import DataError
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Columns [start, end) that the decoder sees in one pass; the first `n_latents` of them are latent columns."""
+
+    start: int
+    end: int
+    n_latents: int = 0
+    iterations: int = 1  # calls of the decoder: all but the last see the latent columns only
 
 
 def latent_columns(input_ids_BL: Tensor, latent_token_id: int, attention_mask_BL: Tensor) -> list[int]:
@@ -39,21 +51,56 @@ def latent_columns(input_ids_BL: Tensor, latent_token_id: int, attention_mask_BL
     return is_latent_BL.any(0).nonzero().flatten().tolist()
 
 
-def cut_into_passes(columns: list[int], length: int, n_passes: int) -> list[tuple[int, int]]:
-    """Cut `length` columns into exactly `n_passes` segments, one starting at each of `columns`.
+def latent_blocks(columns: list[int], together: bool) -> list[tuple[int, int]]:
+    """(first column, number of columns) of the latents that are computed in one pass.
+
+    Args:
+        columns: latent columns, ascending.
+        together: neighbouring columns form one block; otherwise each column is one.
+    """
+    blocks: list[tuple[int, int]] = []
+    for column in columns:
+        if together and blocks and column == sum(blocks[-1]):
+            blocks[-1] = (blocks[-1][0], blocks[-1][1] + 1)
+        else:
+            blocks.append((column, 1))
+    return blocks
+
+
+def count_calls(columns: list[int], iterations: int | None) -> int:
+    """Calls of the decoder that latents in these columns take; see `cut_into_passes`."""
+    blocks = latent_blocks(columns, iterations is not None)
+    return 1 + sum(min(iterations or 1, width) for _, width in blocks)
+
+
+def cut_into_passes(
+    columns: list[int], length: int, n_calls: int | None = None, iterations: int | None = None
+) -> list[Segment]:
+    """Cut `length` columns into segments, one starting at each block of latents.
 
     Surplus cuts are made one column each from the left, where attention is cheapest.
 
     Args:
         columns: latent columns, ascending, each in [1, length).
-        length: number of columns, at least `n_passes`.
-        n_passes: at least ``len(columns) + 1``.
+        length: number of columns; ``n_calls + len(columns)`` are always enough.
+        n_calls: calls of the decoder to make, at least ``count_calls(columns, iterations)``; None makes no surplus.
+        iterations: None computes the latents one after the other, else neighbouring ones together, this many times; a
+            block needs no more iterations than it has columns to be exact.
     """
-    assert len(columns) < n_passes <= length, (columns, n_passes, length)
-    starts = set(columns)
+    blocks = latent_blocks(columns, iterations is not None)
+    surplus = 0 if n_calls is None else n_calls - count_calls(columns, iterations)
+    assert surplus >= 0, (columns, n_calls, iterations)
+    width_at = dict(blocks)
+    inside = {start + i for start, width in blocks for i in range(1, width)}
+    starts = set(width_at)
     column = 1
-    while len(starts) < n_passes - 1:
-        starts.add(column)
+    while surplus:
+        assert column < length, (columns, length, n_calls)
+        if column not in starts and column not in inside:
+            starts.add(column)
+            surplus -= 1
         column += 1
-    bounds = [0, *sorted(starts), length]
-    return list(pairwise(bounds))
+    return [
+        Segment(start, end, width_at.get(start, 0), min(iterations or 1, max(width_at.get(start, 1), 1)))
+        for start, end in pairwise([0, *sorted(starts), length])
+    ]

@@ -1,7 +1,9 @@
-"""Image tiles as callers may give them: a flat list in the order of their image tokens, or padded row by row.
+"""Image tiles as callers may give them, and the places of their features among the tokens.
 
 [P, 3, height, width]                    the tiles of all rows, one after the other
 [B, patches, 3, height, width]           each row's tiles, padded to the same number
+
+Shapes: B rows, L columns, H hidden size, P tiles of all rows, T image tokens a tile.
 """
 
 from __future__ import annotations
@@ -66,3 +68,38 @@ def tiles_a_row(
         return None
     flags = [1] * rows if image_flags is None else image_flags.flatten().tolist()
     return [count if flag else 0 for count, flag in zip(counts, flags, strict=True)]
+
+
+def black_tile(size: int) -> Tensor:
+    """What the vision tower is shown when there is no image; its features are cut away, not multiplied by zero.
+
+    So it is in the graph and gets gradients of exactly zero, with no arithmetic that makes NaN of an infinity.
+    """
+    return torch.zeros(1, 3, size, size, dtype=torch.uint8)
+
+
+def insert_images(
+    embeds_BLH: Tensor, input_ids_BL: Tensor, image_token_id: int | None, features_PTH: Tensor | None
+) -> Tensor:
+    """Put visual features where the image tokens are, in order.
+
+    Raises:
+        DataError: more or fewer features than image tokens.
+    """
+    is_image_BL = torch.eq(input_ids_BL, -1 if image_token_id is None else image_token_id)
+    n_tokens = int(is_image_BL.sum())
+    if features_PTH is None:
+        if n_tokens:
+            raise DataError(
+                f"input_ids hold {n_tokens} image tokens (id {image_token_id}), but no pixel_values or visual_features "
+                "were given"
+            )
+        return embeds_BLH
+    features_NH = features_PTH.reshape(-1, features_PTH.shape[-1])
+    if n_tokens != features_NH.shape[0]:
+        raise DataError(
+            f"input_ids hold {n_tokens} image tokens, but {features_PTH.shape[0]} tiles give {features_NH.shape[0]} "
+            f"({features_PTH.shape[1]} a tile); expand one image token a feature, and pass num_patches when "
+            "pixel_values are padded"
+        )
+    return embeds_BLH.index_put(is_image_BL.nonzero(as_tuple=True), features_NH.to(embeds_BLH.dtype))

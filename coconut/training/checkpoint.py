@@ -1,31 +1,57 @@
-"""Checkpoints of a run: a DeepSpeed folder and our state, committed by a rename.
+"""Checkpoints of a run, committed as a whole and checked before they are trusted.
 
-RUN/checkpoints/step-00001250/engine/...      weights and optimizer, written by DeepSpeed on every rank
-RUN/checkpoints/step-00001250/state.json      TrainState; written last, so a folder without it is no checkpoint
-RUN/checkpoints/.step-00001250.partial/       one that is being written, or whose writer died
+RUN/checkpoints/step-00001250/rank-00000.safetensors ...   weights and optimizer, each rank's pieces (pieces.py)
+RUN/checkpoints/step-00001250/state.json                   TrainState, counters, settings
+RUN/checkpoints/step-00001250/manifest.json                size and SHA-256 of each file; written last
+RUN/checkpoints/.step-00001250.partial/                    one that is being written, or whose writer died
+
+write in .partial -> fsync -> manifest from every rank's sums -> fsync -> rename -> remove what is too old
 """
 
 from __future__ import annotations
 
-import fcntl
+import hashlib
 import json
-import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any
+from typing import Any, TypeVar
 
+from safetensors import SafetensorError
+
+from coconut.training.pieces import engine_numbers, local_bytes, read_pieces, world_note, write_pieces
+from coconut.training.run_folder import replace_folder, sync, write_json
 from coconut.training.state import TrainState
 from coconut.types import CheckpointError, ConfigError
-from coconut.utils.distributed import barrier, get_world_size, is_main_process
+from coconut.utils.distributed import (
+    all_gather_object,
+    all_reduce_sum,
+    get_rank,
+    get_world_size,
+    is_main_process,
+    on_main_first,
+)
 from coconut.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
+T = TypeVar("T")
+
 STATE_FILE = "state.json"
-ENGINE_TAG = "engine"
+MANIFEST_FILE = "manifest.json"
+#: What reading a damaged file raises. Not RuntimeError, which is what a rank gets whose neighbour died.
+UNREADABLE = (OSError, SafetensorError, ValueError, KeyError, TypeError)
+SPARE_BYTES = 1 << 20  # headers, state and manifest
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint says of itself, without its tensors."""
+
+    folder: Path
+    state: TrainState
+    numbers: dict[str, Any]  # the engine's counters and loss scale
 
 
 class CheckpointFolder:
@@ -33,7 +59,7 @@ class CheckpointFolder:
 
     Args:
         folder: where they lie.
-        keep: how many of the newest stay.
+        keep: how many of the newest stay, besides the best of the newest stage.
         run: settings that a run has to share with the checkpoint it goes on from.
     """
 
@@ -42,54 +68,175 @@ class CheckpointFolder:
         self.keep = keep
         self.run = run
 
-    def save(self, engine: Any, state: TrainState) -> Path:
-        """Write a checkpoint; every rank must call it. Nothing older is touched until it is complete."""
+    def save(self, engine: Any, state: TrainState, accuracy: float | None = None) -> Path:
+        """Write a checkpoint; every rank must call it. Nothing older is touched until it is complete.
+
+        Args:
+            accuracy: of the newest validation, which decides what the best checkpoint is.
+
+        Raises:
+            CheckpointError: on every rank, when the disk is too full or a rank cannot write.
+        """
         final = self.folder / f"step-{state.step:08d}"
         partial = self.folder / f".{final.name}.partial"
-        if is_main_process():
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        barrier()
-        # The tag is ours, so DeepSpeed's own `latest` file, written without fsync or rename, is not needed.
-        engine.save_checkpoint(str(partial), tag=ENGINE_TAG, save_latest=False)
-        barrier()
-        if is_main_process():
-            for path in partial.rglob("*"):
-                sync(path)
-            content = {"state": state.to_dict(), "world_size": get_world_size(), "run": self.run}
-            (partial / STATE_FILE).write_text(json.dumps(content, indent=2) + "\n")
-            sync(partial / STATE_FILE)
-            replace_folder(partial, final)
-            for old in self.complete()[: -self.keep]:
-                if old != final:
-                    shutil.rmtree(old)
-        barrier()
+        on_main_first(lambda: _or_checkpoint_error(lambda: self._make_room(partial), final))
+        try:
+            self._need_space(sum(all_reduce_sum([float(local_bytes(engine))])), final)
+            files = _write_files(engine, partial, final)
+        except CheckpointError:
+            if is_main_process():
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+        content = {
+            "state": state.to_dict(),
+            "world_size": get_world_size(),
+            "run": self.run,
+            "engine": engine_numbers(engine),
+            "accuracy": accuracy,
+        }
+        on_main_first(lambda: _or_checkpoint_error(lambda: self._commit(partial, final, files, content), final))
         return final
 
-    def complete(self) -> list[Path]:
-        """Complete checkpoints, oldest first."""
-        return sorted(path.parent for path in self.folder.glob(f"step-*/{STATE_FILE}"))
+    def _make_room(self, partial: Path) -> None:
+        self._prune()  # a run that is told to keep fewer than before may need their place
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
 
-    def newest(self) -> Path | None:
+    def _need_space(self, n_bytes: float, final: Path) -> None:
+        free = on_main_first(lambda: shutil.disk_usage(self.folder).free)
+        if free < n_bytes + SPARE_BYTES:
+            raise CheckpointError(
+                f"{final} needs {n_bytes / 2**20:.1f} MiB and {free / 2**20:.1f} MiB are free; remove something, or "
+                f"set a smaller max_checkpoints (now {self.keep}). Older checkpoints are untouched"
+            )
+
+    def _commit(self, partial: Path, final: Path, files: dict[str, Any], content: dict[str, Any]) -> None:
+        write_json(partial / STATE_FILE, content)
+        files[STATE_FILE] = _sum_of(partial / STATE_FILE)
+        write_json(partial / MANIFEST_FILE, {"files": files})
+        replace_folder(partial, final)
+        self._prune(final)
+
+    def _prune(self, newest: Path | None = None) -> None:
+        """Remove what is too old; `newest` was just written, and stays even where its step is lower."""
         found = self.complete()
-        return found[-1] if found else None
+        best = max(found, key=_goodness, default=None)
+        if best is not None and _goodness(best)[1] < 0:  # nothing was validated yet in its stage
+            best = None
+        for old in found[: -self.keep]:
+            if old not in (newest, best):
+                doomed = old.with_name(f".{old.name}.partial")  # so that a half removed one is no checkpoint
+                old.rename(doomed)
+                shutil.rmtree(doomed)
+
+    def complete(self) -> list[Path]:
+        """Complete checkpoints, oldest first; their files are not checked."""
+        return sorted(path.parent for path in self.folder.glob(f"step-*/{MANIFEST_FILE}"))
+
+    def newest_valid(self) -> Path | None:
+        """The newest checkpoint whose files are what their writers wrote; every rank must call it.
+
+        Says why it passed over others. None where there are no checkpoints at all.
+
+        Raises:
+            CheckpointError: there are some, and all are damaged.
+        """
+        names = on_main_first(self._candidates)
+        for name in names:
+            fault = fault_of(self.folder / name)
+            if fault is None:
+                return self.folder / name
+            logger.warning("passing over %s: %s", self.folder / name, fault)
+        if names:
+            raise CheckpointError(
+                f"none of the {len(names)} checkpoint(s) in {self.folder} is whole (see the warnings above); "
+                "resume=none starts anew and moves them aside"
+            )
+        return None
+
+    def _candidates(self) -> list[str]:
+        for left_over in self.folder.glob(".step-*.partial"):
+            logger.warning("passing over %s: its writer died before it was complete; removed", left_over)
+            shutil.rmtree(left_over, ignore_errors=True)
+        return sorted((path.name for path in self.folder.glob("step-*")), reverse=True)
 
 
-def read_checkpoint(folder: Path, run: dict[str, Any]) -> TrainState:
-    """The state in a checkpoint, once it is clear that this run may go on from it. Reads no weights.
+def fault_of(folder: Path) -> str | None:
+    """What is wrong with a checkpoint's files; the ranks share the reading, and all must call this."""
+    try:
+        files = json.loads((folder / MANIFEST_FILE).read_text())["files"]
+        share = sorted(files)[get_rank() :: get_world_size()]
+        faults = [fault for name in share if (fault := _file_fault(folder / name, files[name]))]
+    except FileNotFoundError as error:
+        faults = [f"{Path(error.filename).name} is missing"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        faults = [f"{MANIFEST_FILE} is damaged: {error!r}"]
+    found = [fault for of_rank in all_gather_object(faults) for fault in of_rank]
+    return found[0] if found else None
+
+
+def _file_fault(path: Path, expected: dict[str, Any]) -> str | None:
+    size = path.stat().st_size
+    if size != expected["bytes"]:
+        return f"{path.name} has {size} bytes, {expected['bytes']} were written"
+    if _sum_of(path) != expected:
+        return f"{path.name} has another SHA-256 than when it was written"
+    return None
+
+
+def _sum_of(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": path.stat().st_size}
+
+
+def _write_files(engine: Any, partial: Path, final: Path) -> dict[str, Any]:
+    """Write this rank's file, and return name and sum of every rank's."""
+    entry: dict[str, Any] = {}
+    fault = None
+    try:
+        path = write_pieces(engine, partial)
+        sync(path)
+        entry = {path.name: _sum_of(path)}
+    except (OSError, SafetensorError) as error:
+        fault = f"rank {get_rank()}: {error}"
+    gathered = all_gather_object((entry, fault))
+    faults = [fault for _, fault in gathered if fault]
+    if faults:
+        raise CheckpointError(f"{final} could not be written ({'; '.join(faults)}). Older checkpoints are untouched")
+    return {name: found for files, _ in gathered for name, found in files.items()}
+
+
+def _or_checkpoint_error(action: Callable[[], T], final: Path) -> T:
+    try:
+        return action()
+    except OSError as error:
+        raise CheckpointError(f"{final} could not be written ({error}). Older checkpoints are untouched") from error
+
+
+def _goodness(folder: Path) -> tuple[int, float]:
+    """Accuracies of different stages are of different tasks: the newest stage comes first."""
+    try:
+        content = json.loads((folder / STATE_FILE).read_text())
+        return int(content["state"]["stage"]), -1.0 if content["accuracy"] is None else float(content["accuracy"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return -1, -1.0  # damaged, so not the best
+
+
+def read_checkpoint(folder: Path, run: dict[str, Any]) -> Checkpoint:
+    """What is in a checkpoint, once it is clear that this run may go on from it. Reads no weights.
 
     Args:
         folder: a complete checkpoint.
         run: the settings of this run, to be compared with the checkpoint's.
 
     Raises:
-        CheckpointError: no such checkpoint, its state cannot be read, or another number of ranks wrote it.
+        CheckpointError: no such checkpoint, or its state cannot be read.
         ConfigError: it belongs to a run with other settings.
     """
     path = folder / STATE_FILE
     try:
         content = json.loads(path.read_text())
-        state, world_size, written_for = content["state"], int(content["world_size"]), dict(content["run"])
+        state, numbers, written_for = dict(content["state"]), dict(content["engine"]), dict(content["run"])
     except OSError as error:
         raise CheckpointError(f"{folder} is no complete checkpoint: {error}") from error
     except (ValueError, KeyError, TypeError) as error:
@@ -100,79 +247,22 @@ def read_checkpoint(folder: Path, run: dict[str, Any]) -> TrainState:
             f"{folder} is of another run: {'; '.join(differences)}. Put these back, choose another name, or start anew "
             "with resume=none"
         )
-    if world_size != get_world_size():
-        raise CheckpointError(
-            f"{folder} was written by {world_size} rank(s), this run has {get_world_size()}; start it with "
-            f"{world_size}, or begin a new run from the weights alone with load_model_path"
-        )
-    return TrainState.from_dict(state)
+    return Checkpoint(folder, TrainState.from_dict(state), numbers)
 
 
-def load_checkpoint(engine: Any, folder: Path) -> None:
-    """Put weights and optimizer back; every rank must call it.
+def load_checkpoint(engine: Any, checkpoint: Checkpoint) -> None:
+    """Put weights and optimizer back, whatever ranks and ZeRO stage wrote them; every rank must call it.
 
     Raises:
-        CheckpointError: the engine's files are damaged.
+        CheckpointError: the files are damaged, or of another model.
     """
     try:
-        loaded, _ = engine.load_checkpoint(str(folder), tag=ENGINE_TAG)
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, AssertionError, UnpicklingError) as error:
+        read_pieces(engine, checkpoint.folder, checkpoint.numbers)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; remove {checkpoint.folder} to go on from the one before") from error
+    except UNREADABLE as error:
         raise CheckpointError(
-            f"{folder} cannot be loaded ({type(error).__name__}: {error}); remove it to go on from the one before"
+            f"{checkpoint.folder} cannot be loaded ({type(error).__name__}: {error}); remove it to go on "
+            "from the one before"
         ) from error
-    if loaded is None:
-        raise CheckpointError(f"{folder / ENGINE_TAG} holds no DeepSpeed checkpoint; remove {folder} to go on without")
-
-
-def replace_folder(partial: Path, final: Path) -> None:
-    """Put a finished folder in its place; what was there stays whole until then."""
-    old = final.with_name(f".{final.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        final.rename(old)
-    partial.rename(final)
-    sync(final.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def set_aside(run_dir: Path, names: Sequence[str]) -> Path | None:
-    """Move what an earlier run left under `names` into RUN/old-1, old-2 ...; nothing is deleted.
-
-    Returns:
-        the folder, or None where there was nothing to move.
-    """
-    found = [path for pattern in names for path in run_dir.glob(pattern)]
-    if not found:
-        return None
-    number = 1
-    while (target := run_dir / f"old-{number}").exists():
-        number += 1
-    target.mkdir()
-    for path in found:
-        path.rename(target / path.name)
-    return target
-
-
-def sync(path: Path) -> None:
-    """Make a file's content, or a folder's renames, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def locked_run(run_dir: Path) -> Iterator[None]:
-    """Hold a run folder: a second run in it would mix its metrics and checkpoints with this one's.
-
-    Raises:
-        ConfigError: another process holds it.
-    """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ConfigError(f"another run is writing to {run_dir}; wait for it, or choose another name") from error
-        yield
+    logger.info("loaded %s%s", checkpoint.folder, world_note(checkpoint.folder))

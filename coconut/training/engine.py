@@ -29,8 +29,6 @@ def build_engine(model: MultimodalCoconut, config: Any, run_dir: Path) -> Any:
     Raises:
         ConfigError: the two configurations contradict each other, or nothing is left to train.
     """
-    import deepspeed
-
     init_distributed_training(force=True)
     resolved = resolve_ds_config(config, world_size=get_world_size(), hidden_size=model.hidden_size)
     if is_main_process():
@@ -38,13 +36,45 @@ def build_engine(model: MultimodalCoconut, config: Any, run_dir: Path) -> Any:
         (run_dir / "ds_config.json").write_text(json.dumps(resolved, indent=2) + "\n")
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
+    return start_engine(model, resolved)
+
+
+def start_engine(model: MultimodalCoconut, ds_config: dict[str, Any]) -> Any:
+    """The engine for a DeepSpeed configuration without "auto"; trains the parameters that require gradients."""
+    import deepspeed
+
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trainable:
         raise ConfigError("no parameter is left to train")
     os.environ.setdefault("LOCAL_RANK", str(get_local_rank()))  # asked for even where the group was made without
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=trainable, config=resolved)
+    _gather_once(model, ds_config["zero_optimization"])
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=trainable, config=ds_config)
+    if model.loop.is_leaf:
+        model.loop.unhook_decoder()
     model.lockstep = True
     return engine
+
+
+def _gather_once(model: MultimodalCoconut, zero: dict[str, Any]) -> None:
+    """Under ZeRO-3, let the latent loop hold the decoder's weights through all of its passes, where they fit.
+
+    They fit when embedding, decoder and head together are within ``stage3_max_live_parameters``, DeepSpeed's own limit
+    of what may be gathered at a time.
+    """
+    if zero.get("stage") != 3:
+        return
+    limit = int(zero.get("stage3_max_live_parameters", 1e9))
+    size = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.text_parameters)
+    if size <= limit:
+        model.loop.become_leaf()
+        logger.info("ZeRO-3 gathers the decoder once for all passes (%.2g of %.2g live parameters)", size, limit)
+    else:
+        logger.warning(
+            "the text model has %.3g parameters, more than stage3_max_live_parameters %.3g: ZeRO-3 gathers it anew in "
+            "each of the K + 1 passes; raise that limit where a rank's memory holds its weights and gradients whole",
+            size,
+            limit,
+        )
 
 
 def _innermost(optimizer: Any) -> torch.optim.Optimizer:

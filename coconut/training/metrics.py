@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from coconut.utils.distributed import is_main_process
 from coconut.utils.logging import get_logger, log_to_wandb
+
+if TYPE_CHECKING:
+    from coconut.training.step import StepPlan
 
 logger = get_logger(__name__)
 
@@ -34,13 +38,20 @@ class MetricsWriter:
         partial.replace(self.path)
 
     def write(self, kind: str, **values: Any) -> None:
-        """One row: ``kind`` is train, val or stage."""
+        """One row: ``kind`` is train, val, test, stage or anomaly."""
         if not is_main_process():
             return
-        row = {"kind": kind, **values}
+        row = _without_nan({"kind": kind, **values})
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
         log_to_wandb({f"{kind}/{name}": v for name, v in values.items() if isinstance(v, (int, float))}, values["step"])
+
+
+def _without_nan(value: Any) -> Any:
+    """Null in place of numbers that JSON has no word for; a row's ``fault`` says what they were."""
+    if isinstance(value, dict):
+        return {name: _without_nan(part) for name, part in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclass
@@ -54,6 +65,15 @@ class Totals:
     steps: int = 0
     started: float = field(default_factory=time.perf_counter)
 
+    def add(self, loss_sum: float, plan: StepPlan, is_sound: bool) -> None:
+        """One step more; the loss of one whose update was dropped is in the row of the anomaly, not in the mean."""
+        if is_sound:
+            self.loss_sum += loss_sum
+            self.label_tokens += plan.label_tokens
+        self.samples += plan.samples
+        self.tokens += plan.tokens
+        self.steps += 1
+
     @property
     def seconds(self) -> float:
         return time.perf_counter() - self.started
@@ -62,7 +82,7 @@ class Totals:
         """Mean loss a label token, and how fast it went."""
         seconds = max(self.seconds, 1e-9)
         return {
-            "loss": self.loss_sum / max(self.label_tokens, 1),
+            "loss": self.loss_sum / self.label_tokens if self.label_tokens else math.nan,
             "samples_per_s": self.samples / seconds,
             "tokens_per_s": self.tokens / seconds,
         }

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
 
+from coconut.training.anomalies import remember
 from coconut.types import CheckpointError
+
+if TYPE_CHECKING:
+    from coconut.training.step import StepPlan
 
 
 @dataclass
@@ -30,6 +34,10 @@ class TrainState:
     best_accuracy: float = -1.0  # of this stage's validations
     validations_without_gain: int = 0
     stage_done: bool = False  # the stage's target was met, or its epochs or patience are over
+    skipped: int = 0  # steps of the whole run whose update was dropped; they count as done
+    skipped_in_row: int = 0  # the last so many
+    rollbacks: int = 0  # times that weights and optimizer went back to an earlier checkpoint
+    recent_losses: list[float] = field(default_factory=list)  # of this stage's last steps; a spike is measured by them
 
     def next_stage(self) -> None:
         """Begin the following stage."""
@@ -38,6 +46,26 @@ class TrainState:
         self.best_accuracy = -1.0
         self.validations_without_gain = 0
         self.stage_done = False
+        self.recent_losses = []
+
+    def count(self, plan: StepPlan, flops: float) -> None:
+        """One more step is done, whether its update was applied or dropped."""
+        self.step, self.stage_step, self.epoch_step = self.step + 1, self.stage_step + 1, self.epoch_step + 1
+        self.samples, self.tokens = self.samples + plan.samples, self.tokens + plan.tokens
+        self.flops += flops
+
+    def accept(self, loss: float) -> None:
+        """The step's update was applied."""
+        self.steps_since_reset += 1
+        self.skipped_in_row = 0
+        remember(loss, self.recent_losses)
+
+    def roll_back_to(self, earlier: TrainState, is_same_stage: bool) -> None:
+        """Weights and optimizer are those of `earlier` again; the place in the data stays."""
+        self.steps_since_reset = earlier.steps_since_reset if is_same_stage else 0
+        self.recent_losses = []
+        self.skipped_in_row = 0
+        self.rollbacks += 1
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

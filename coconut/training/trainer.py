@@ -5,17 +5,12 @@ for stage:  reset optimizer -> for epoch: train_epoch -> validate -> save_checkp
 
 from __future__ import annotations
 
-import json
-import shutil
 import time
-from collections.abc import Iterable
-from contextlib import ExitStack
-from functools import cached_property
+from collections.abc import Iterable, Iterator
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from coconut.config.deepspeed import batch_geometry
 from coconut.data.collate import MultimodalCollator
@@ -23,24 +18,24 @@ from coconut.data.encode import SampleEncoder
 from coconut.data.stage_text import build_prompt_template
 from coconut.evaluation.flops import training_flops
 from coconut.model import MultimodalCoconut
-from coconut.training.checkpoint import (
-    CheckpointFolder,
-    load_checkpoint,
-    locked_run,
-    read_checkpoint,
-    replace_folder,
-    set_aside,
-)
-from coconut.training.engine import build_engine, gathered_state_dict, is_owned, reset_optimizer, set_learning_rate
+from coconut.training.anomalies import judge_loss
+from coconut.training.checkpoint import CheckpointFolder, load_checkpoint
+from coconut.training.engine import build_engine, is_owned, reset_optimizer, set_learning_rate
+from coconut.training.export import export_model, exported_step, mark_stage_done
 from coconut.training.inputs import TrainingInputs
-from coconut.training.metrics import MetricsWriter, Totals, progress_line
+from coconut.training.metrics import Totals
+from coconut.training.recovery import Recovery
+from coconut.training.resume import find_start, fixed_settings, last_stage, take_run
+from coconut.training.run_log import RunLog
 from coconut.training.stages import StageManager
 from coconut.training.state import TrainState
-from coconut.training.validation import as_batch, to_device, validate
-from coconut.types import Batch, ConfigError
+from coconut.training.step import StepPlan, agree, seed_step, take_step
+from coconut.training.stop import StopRequests, noting_signals
+from coconut.training.validation import as_batch, validate
+from coconut.training.watchdog import Watchdog
+from coconut.types import Batch, CheckpointError, ConfigError
 from coconut.utils.distributed import (
     all_reduce_sum,
-    barrier,
     get_world_size,
     init_distributed_training,
     is_main_process,
@@ -50,13 +45,6 @@ from coconut.utils.logging import get_logger
 from coconut.utils.seed import set_seed
 
 logger = get_logger(__name__)
-
-#: What a run keeps from its first step to its last; a checkpoint written with other values is of another run.
-FIXED_SETTINGS = (
-    "seed", "method", "c_thought", "max_latent_stage", "pad_latent_to_max", "model_id", "load_model_path",
-    "train_data_path", "max_train_samples", "samples_per_epoch", "image_size", "max_num_patches", "use_thumbnail",
-    "dynamic_preprocess", "prompt_format", "bf16", "fp16",
-)  # fmt: skip
 
 
 class MultimodalCoTTrainer:
@@ -84,46 +72,84 @@ class MultimodalCoTTrainer:
         encoder = SampleEncoder(tokenizer, image_processor, template, model.tokens_per_patch, config.max_length)
         self.collator = MultimodalCollator(tokenizer, image_processor, model.latent_token_id, config.pad_to_multiple_of)
         self.inputs = TrainingInputs(config, encoder, self.collator, self.stages, model.latent_ids)
-        self.settings = {name: getattr(config, name) for name in FIXED_SETTINGS}
-        self.checkpoints = CheckpointFolder(self.run_dir / "checkpoints", config.max_checkpoints, self.settings)
-        self.metrics = MetricsWriter(self.run_dir)
+        self.checkpoints = CheckpointFolder(
+            self.run_dir / "checkpoints", config.max_checkpoints, fixed_settings(config)
+        )
+        self.log = RunLog(self.run_dir, self.stages)
+        self.recovery = Recovery(self.checkpoints, self.log, config)
+        self.watchdog = Watchdog(config.hang_timeout_s, self.run_dir)
         self.state = TrainState()
         self.geometry = batch_geometry(config, get_world_size())
-        self._locks = ExitStack()  # held as long as the trainer lives
+        self.stops = StopRequests(self.run_dir)
+        self.stop_reason: str | None = None
+        self.last_stage = last_stage(config.stop_after_stage, self.stages.stages)
 
     @cached_property
     def engine(self) -> Any:
         """The DeepSpeed engine; built at its first use, resumed from the run folder's newest checkpoint."""
         set_seed(self.config.seed)
         init_distributed_training(force=True)
-        on_main_first(lambda: self._locks.enter_context(locked_run(self.run_dir)))
-        start = on_main_first(self._where_to_go_on)
+        on_main_first(lambda: take_run(self.run_dir))
+        start = find_start(self.checkpoints, self.config.resume)
+        if start is not None:
+            self.state = start.state
+            self._keep_step_size()
         engine = build_engine(self.model, self.config, self.run_dir)
         if start is not None:
-            folder, self.state = start
-            load_checkpoint(engine, folder)
+            load_checkpoint(engine, start)
         self.state.samples_per_step = self.geometry.samples
         if is_main_process():
             self.config.save(self.run_dir / "config.yaml")
         return engine
 
+    def _keep_step_size(self) -> None:
+        """An optimizer step takes the samples that it took at the first start, since the data order hangs on it."""
+        config, samples = self.config, self.state.samples_per_step
+        if samples == self.geometry.samples:
+            return
+        if config.global_batch_size is not None:
+            raise ConfigError(
+                f"the run was started with {samples} samples an optimizer step, and global_batch_size asks for "
+                f"{self.geometry.samples}; set global_batch_size={samples}, or start anew with resume=none"
+            )
+        logger.info("an optimizer step goes on to take %d samples, now over %d rank(s)", samples, get_world_size())
+        smaller = min(config.batch_size_training, samples)
+        config.update(global_batch_size=samples, gradient_accumulation_steps=1, batch_size_training=smaller)
+        self.geometry = batch_geometry(config, get_world_size())
+
     # -- the run --
 
     def train(self) -> None:
-        """Train every stage that is not done yet, then score the test data once."""
-        engine = self.engine
-        if (self._out_of_budget() or self._all_stages_done()) and on_main_first(self._final_step) == self.state.step:
+        """Train every stage that is not done yet, then score the test data once.
+
+        Stops before that, with a checkpoint, where `stop_after_stage` or a stop request says so.
+        """
+        with noting_signals(), self.watchdog:
+            self._train()
+
+    def _train(self) -> None:
+        engine, last = self.engine, self.stages.stages[-1]
+        exported = on_main_first(lambda: exported_step(self.run_dir / "final"))
+        if (self._out_of_budget() or self._is_done(last)) and exported == self.state.step:
             logger.info("nothing is left to do in %s; choose another name, or resume=none to start again", self.run_dir)
             return
         logger.info("%d ranks, stages %s, %s", get_world_size(), self.stages.stages, type(engine.optimizer).__name__)
-        for stage in self.stages.stages:
-            is_done = stage < self.state.stage or (stage == self.state.stage and self.state.stage_done)
-            if not is_done and not self._out_of_budget():
+        for stage in range(self.last_stage + 1):
+            if not self._is_done(stage) and not self._is_over():
                 self._train_stage(stage)
+            if self._is_done(stage):
+                mark_stage_done(self.run_dir, stage, self.state)
+        if self.stop_reason is not None:
+            self.stops.write(self.state.stage, self.state.step, self.stop_reason)
+            logger.info("stopped (%s) after step %d; the same command goes on", self.stop_reason, self.state.step)
+            return
+        if self.last_stage < last and not self._out_of_budget():
+            logger.info("stage %d is done: stop_after_stage ends the run here", self.last_stage)
+            return
         self.model.stage_spec = self.stages.spec(self.state.stage)
         if self.inputs.test is not None:
             loader = self.inputs.evaluation_loader(self.inputs.test, self.state.stage)
-            self._log_validation("test", self.validate(loader))
+            self.log.validation("test", self.state, self.validate(loader))
         self._export("final")
 
     def _train_stage(self, stage: int) -> None:
@@ -134,10 +160,12 @@ class MultimodalCoTTrainer:
             reset_optimizer(self.engine)
             state.steps_since_reset = 0
         self.model.stage_spec = self.stages.spec(stage)
-        while not state.stage_done and not self._out_of_budget():
+        metrics: dict[str, float] = {}
+        while not state.stage_done and not self._is_over():
+            metrics = {}
             loader = self.inputs.train_loader(stage, state.epoch, state.epoch_step, self.geometry)
             self.train_epoch(state.epoch, loader)
-            if state.epoch_step < len(loader.plan):  # max_steps fell inside the epoch
+            if state.epoch_step < len(loader.plan):  # max_steps or a stop fell inside the epoch
                 break
             state.stage_epoch, state.epoch, state.epoch_step = state.stage_epoch + 1, state.epoch + 1, 0
             metrics = self._validate_stage(stage, settings.advance_at)
@@ -146,14 +174,17 @@ class MultimodalCoTTrainer:
             if self.config.save_only_improve:
                 is_due = metrics.get("improved", 0.0) == 1.0
             if is_due and not state.stage_done:
-                self.save_checkpoint(state.epoch, metrics)
+                self._save_if_possible(metrics)
         if state.stage_done:
-            self.metrics.write("stage", **self._position(), **self.stages.get_stage_config(stage))
+            self.log.stage_end(state)
             self._export(f"stage_{stage}")
-        self.save_checkpoint(state.epoch, {})
+        self.save_checkpoint(state.epoch, metrics)
 
-    def _all_stages_done(self) -> bool:
-        return self.state.stage_done and self.state.stage == self.stages.stages[-1]
+    def _is_done(self, stage: int) -> bool:
+        return stage < self.state.stage or (stage == self.state.stage and self.state.stage_done)
+
+    def _is_over(self) -> bool:
+        return self.stop_reason is not None or self._out_of_budget()
 
     def _out_of_budget(self) -> bool:
         config, state = self.config, self.state
@@ -166,7 +197,7 @@ class MultimodalCoTTrainer:
         if self.inputs.validation is None or state.stage_epoch % config.eval_every_n_epochs:
             return {}
         metrics = self.validate(self.inputs.evaluation_loader(self.inputs.validation, stage))
-        self._log_validation("val", metrics)
+        self.log.validation("val", self.state, metrics)
         improved = metrics["accuracy"] > state.best_accuracy + config.early_stopping_min_delta
         if improved:
             state.best_accuracy, state.validations_without_gain = metrics["accuracy"], 0
@@ -208,17 +239,18 @@ class MultimodalCoTTrainer:
         batches = (as_batch(item) for item in dataloader)
         save_every = self.config.save_every_n_steps
         begin = time.perf_counter()
-        while not self._out_of_budget():
+        while not self._is_over():
+            self.watchdog.enter("loading a batch")
             micro_batches = list(islice(batches, accumulation))
             if not self._train_step(micro_batches, accumulation, whole, window):
                 break
             self.state.seconds += time.perf_counter() - begin
             at_end = steps is not None and self.state.epoch_step == steps
             if self.state.step % self.config.log_every_n_steps == 0 or at_end:
-                self._log_training(window, epoch, steps)
+                self.log.training(self.state, window, engine, steps)
                 window = Totals()
             if save_every is not None and self.state.step % save_every == 0 and not at_end:
-                self.save_checkpoint(epoch, {})
+                self._save_if_possible({})
             begin = time.perf_counter()
         if steps is None:  # somebody else's data: no place in a plan of ours
             self.state.epoch_step = position
@@ -230,59 +262,42 @@ class MultimodalCoTTrainer:
         }
 
     def _train_step(self, micro_batches: list[Batch], accumulation: int, whole: Totals, window: Totals) -> bool:
-        """One optimizer step on all ranks; False, and nothing done, when a rank has no batch left."""
-        engine, state, world = self.engine, self.state, get_world_size()
-        patches = sum(
-            int(batch.tensors["num_patches"].sum()) for batch in micro_batches if "num_patches" in batch.tensors
-        )
-        counts = all_reduce_sum(
-            [
-                len(micro_batches),
-                sum(batch.n_label_tokens for batch in micro_batches),
-                sum(len(batch.keys) for batch in micro_batches),
-                sum(batch.n_tokens for batch in micro_batches),
-                patches,
-            ]
-        )
-        n_batches, n_labels, n_samples, n_tokens, n_patches = (int(count) for count in counts)
-        if n_batches < accumulation * world:
+        """One optimizer step on all ranks; False, and nothing done, when a rank has no batch left or a stop is due."""
+        engine, state, config = self.engine, self.state, self.config
+        self.watchdog.enter("waiting for the other ranks", [key for batch in micro_batches for key in batch.keys])
+        plan = agree(micro_batches, self.stops)
+        self.stop_reason = plan.stop_reason
+        if plan.stop_reason is not None or plan.batches < accumulation * get_world_size():
             return False
         settings = self.stages.settings(state.stage)
         warm = min(1.0, (state.steps_since_reset + 1) / max(settings.warmup_steps, 1))
         set_learning_rate(engine, settings.learning_rate * warm)
-        # Draws such as dropout depend on the step alone, so that a resumed run repeats them.
-        torch.manual_seed((self.config.seed * 1_000_003 + state.step) % 2**63)
-        loss_sum = 0.0
-        for batch in micro_batches:
-            # The engine averages over ranks: the sum over all label tokens of the step, divided by their number.
-            output = engine(
-                **to_device(batch, self.model.device), loss_only=True, num_items_in_batch=max(n_labels, 1) / world
-            )
-            engine.backward(output.loss, scale_wrt_gas=False)
-            engine.step()
-            loss_sum += float(output.loss.detach()) * max(n_labels, 1) / world
-        flops = training_flops(
+        seed_step(config.seed, state.step)
+        judge = partial(judge_loss, recent=state.recent_losses, sigmas=config.loss_spike_sigma)
+        result = take_step(
+            engine, self.model, micro_batches, plan, judge=judge, watchdog=self.watchdog, config=config
+        )  # fmt: skip
+        for totals in (whole, window):
+            totals.add(result.loss_sum, plan, is_sound=result.fault is None)
+        state.count(plan, self._flops(plan))
+        self.watchdog.step = state.step
+        if result.fault is None:
+            state.accept(result.loss)
+        else:
+            went_back = self.recovery.after_skip(engine, state, result, micro_batches)
+            if went_back:
+                self.save_checkpoint(state.epoch, {})  # else a run that dies now would meet the same data again
+        return True
+
+    def _flops(self, plan: StepPlan) -> float:
+        return training_flops(
             self.model.base_model.config,
-            n_tokens,
-            n_patches,
-            n_samples=n_samples,
-            n_logit_tokens=n_labels,
+            plan.tokens,
+            plan.patches,
+            n_samples=plan.samples,
+            n_logit_tokens=plan.label_tokens,
             recompute=self.config.gradient_checkpointing,
         )
-        for totals in (whole, window):
-            totals.loss_sum += loss_sum
-            totals.label_tokens += n_labels
-            totals.samples += n_samples
-            totals.tokens += n_tokens
-            totals.steps += 1
-        state.step, state.stage_step, state.epoch_step = state.step + 1, state.stage_step + 1, state.epoch_step + 1
-        state.steps_since_reset += 1
-        state.samples, state.tokens, state.flops = (
-            state.samples + n_samples,
-            state.tokens + n_tokens,
-            state.flops + flops,
-        )
-        return True
 
     # -- validation --
 
@@ -297,9 +312,16 @@ class MultimodalCoTTrainer:
         """
         engine = self.engine
         engine.eval()
-        metrics = validate(self.model, dataloader, self.tokenizer, self.collator, self.config.max_new_tokens)
+        watched = self._watched(dataloader)
+        metrics = validate(self.model, watched, self.tokenizer, self.collator, self.config.max_new_tokens)
         engine.train()
         return metrics
+
+    def _watched(self, dataloader: Iterable[Any]) -> Iterator[Batch]:
+        for item in dataloader:
+            batch = as_batch(item)
+            self.watchdog.enter("validating", batch.keys)
+            yield batch
 
     # -- saving --
 
@@ -308,99 +330,25 @@ class MultimodalCoTTrainer:
 
         Args:
             epoch: epochs done, for the log.
-            metrics: what the newest validation said, for the log.
+            metrics: what the newest validation said; its ``accuracy`` decides what the best checkpoint is.
+
+        Raises:
+            CheckpointError: the disk is full, or a rank cannot write; older checkpoints are untouched.
         """
-        path = self.checkpoints.save(self.engine, self.state)
+        self.watchdog.enter("saving a checkpoint")
+        path = self.checkpoints.save(self.engine, self.state, metrics.get("accuracy"))
         accuracy = f", accuracy {metrics['accuracy']:.1%}" if "accuracy" in metrics else ""
         logger.info("epoch %d: saved %s%s", epoch, path, accuracy)
 
-    def _export(self, name: str) -> None:
-        """RUN/name: a folder that plain transformers loads; replaced as a whole."""
-        weights = gathered_state_dict(self.engine)
-        if is_main_process():
-            final, partial = self.run_dir / name, self.run_dir / f".{name}.partial"
-            shutil.rmtree(partial, ignore_errors=True)
-            self.model.metadata = {"config": self.config.to_dict(), "state": self.state.to_dict()}
-            self.model.save_pretrained(partial, state_dict=weights)
-            self.tokenizer.save_pretrained(partial)
-            if self.image_processor is not None:
-                self.image_processor.save_pretrained(partial)
-            replace_folder(partial, final)
-        barrier()
-
-    def _where_to_go_on(self) -> tuple[Path, TrainState] | None:
-        """The checkpoint that `resume` asks for; None to start anew. What would be in the way is moved, not deleted."""
-        choice = self.config.resume
-        folder = self.checkpoints.newest() if choice == "auto" else None if choice == "none" else Path(choice)
-        if folder is None:
-            old = set_aside(self.run_dir, ("checkpoints", "stage_*", "final", "metrics.jsonl"))
-            if old is not None:
-                logger.info("what an earlier run left in %s is now in %s", self.run_dir, old)
-            return None
-        state = read_checkpoint(folder, self.settings)
-        if state.samples_per_step != self.geometry.samples:
-            raise ConfigError(
-                f"{folder} was written with {state.samples_per_step} samples an optimizer step, this run asks for "
-                f"{self.geometry.samples}; set global_batch_size={state.samples_per_step}, or start anew with "
-                "resume=none"
-            )
-        newer = [other.name for other in self.checkpoints.complete() if other.name > folder.name]
-        set_aside(self.checkpoints.folder, newer)  # else the next start would take them for the newest
-        self.metrics.rewind(state.step)
-        logger.info("going on from %s: stage %d, step %d", folder, state.stage, state.step)
-        return folder, state
-
-    def _final_step(self) -> int:
-        """Optimizer steps of the model in RUN/final; -1 when there is none."""
-        path = self.run_dir / "final" / "coconut.json"
+    def _save_if_possible(self, metrics: dict[str, float]) -> None:
+        """A checkpoint that training can do without: there are older ones, and more to come."""
         try:
-            return int(json.loads(path.read_text())["metadata"]["state"]["step"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return -1
+            self.save_checkpoint(self.state.epoch, metrics)
+        except CheckpointError as error:
+            logger.warning("training goes on without a checkpoint: %s", error)
 
-    # -- saying what happens --
-
-    def _position(self) -> dict[str, Any]:
-        state = self.state
-        return {
-            "step": state.step,
-            "epoch": state.epoch,
-            "samples": state.samples,
-            "tokens": state.tokens,
-            "flops": state.flops,
-            "seconds": state.seconds,
-        }
-
-    def _log_training(self, window: Totals, epoch: int, steps: int | None) -> None:
-        window.loss_sum = all_reduce_sum([window.loss_sum])[0]
-        state, settings, rates = self.state, self.stages.settings(self.state.stage), window.rates()
-        norm = self.engine.get_global_grad_norm()
-        self.metrics.write(
-            "train",
-            stage=state.stage,
-            **self._position(),
-            **rates,
-            lr=self.engine.optimizer.param_groups[0]["lr"],
-            grad_norm=float(norm) if norm is not None else None,
-        )
-        where = f"stage {state.stage}  epoch {state.stage_epoch + 1}/{settings.epochs}  step {state.epoch_step}"
-        seconds_left = None
-        if steps is not None:
-            where += f"/{steps}"
-            left = (settings.epochs - state.stage_epoch) * steps - state.epoch_step
-            seconds_left = left * window.seconds / max(window.steps, 1)
-        logger.info(progress_line(where, rates, seconds_left))
-
-    def _log_validation(self, kind: str, metrics: dict[str, float]) -> None:
-        self.metrics.write(
-            kind, stage=self.state.stage, **self._position(), **{k: v for k, v in metrics.items() if k != "samples"}
-        )
-        logger.info(
-            "%s  stage %d  loss %.4f  answers right %.1f %%  whole text right %.1f %%  (%d samples)",
-            kind,
-            self.state.stage,
-            metrics["loss"],
-            100 * metrics["accuracy"],
-            100 * metrics["full_match"],
-            metrics["samples"],
-        )
+    def _export(self, name: str) -> None:
+        self.watchdog.enter(f"exporting {name}")
+        self.model.metadata = {"config": self.config.to_dict(), "state": self.state.to_dict()}
+        processors = [self.tokenizer] + ([self.image_processor] if self.image_processor is not None else [])
+        export_model(self.engine, self.model, processors, self.run_dir / name)

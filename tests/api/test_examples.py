@@ -203,6 +203,7 @@ def test_every_script_says_how_to_run_it(project):
         "custom_configuration.py",
         "error_handling.py",
         "inference.py",
+        "visual_latent_loss.py",  # no script: a configuration names it
     ]
-    for script in scripts:
+    for script in scripts[:-1]:
         assert f"python docs/examples/{script.name}" in script.read_text()

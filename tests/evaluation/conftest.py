@@ -106,6 +106,7 @@ def write_evaluation(maze: Maze) -> Callable[..., Path]:
                 answer="red",
                 predicted_answer="red" if is_right else "blue",
                 correct=is_right,
+                score=float(is_right),
                 full_match=is_right,
                 n_generated=tokens,
                 n_latents=spec.n_latents,

@@ -167,7 +167,6 @@ class Ranks:
             "get_world_size": lambda: world,
             "is_main_process": lambda: self.local.rank == 0,
             "all_gather_object": self.gather,
-            "all_reduce_sum": lambda values: [sum(column) for column in zip(*self.gather(values), strict=True)],
         }.items():
             monkeypatch.setattr(module, name, replacement)
 

@@ -133,7 +133,7 @@ def test_a_checkpoint_without_a_stage_is_refused(
     assert "names no stage" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["evaluate.py", "report.py"])
+@pytest.mark.parametrize("name", ["evaluate.py", "report.py", "probe.py", "generate.py", "export.py"])
 def test_help_is_quick_and_needs_no_torch(name: str, project: Path) -> None:
     code = (
         "import runpy, sys\n"

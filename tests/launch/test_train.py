@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,13 @@ def home(tmp_path_factory: pytest.TempPathFactory, project: Path) -> Path:
 
 def train(home: Path, name: str, *overrides: str, ranks: int = 2, zero: str = "zero3") -> list[dict]:
     """Rows of metrics.jsonl after a run that has to end well."""
+    process = start(home, name, *overrides, ranks=ranks, zero=zero)
+    output, _ = process.communicate(timeout=500)
+    assert process.returncode == 0, output[-6000:]
+    return [json.loads(line) for line in (home / "runs" / name / "metrics.jsonl").read_text().splitlines()]
+
+
+def start(home: Path, name: str, *overrides: str, ranks: int = 2, zero: str = "zero3") -> subprocess.Popen[str]:
     command = [
         str(Path(sys.executable).with_name("deepspeed")),
         "--num_gpus",
@@ -44,9 +52,8 @@ def train(home: Path, name: str, *overrides: str, ranks: int = 2, zero: str = "z
         _free_port(),
     ]
     command += ["launch/train.py", "--deepspeed", f"ds_configs/{zero}.json", f"name={name}", *SMALL, *overrides]
-    done = subprocess.run(command, cwd=home, capture_output=True, text=True, timeout=500, env=os.environ)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
-    return [json.loads(line) for line in (home / "runs" / name / "metrics.jsonl").read_text().splitlines()]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=home, stdout=pipe, stderr=subprocess.STDOUT, text=True, env=os.environ)
 
 
 def _free_port() -> str:
@@ -105,6 +112,39 @@ def test_another_configuration_does_not_go_on_and_none_starts_anew(home: Path, u
     kept = [json.loads(line) for line in (folder / "old-1" / "metrics.jsonl").read_text().splitlines()]
     assert losses(kept) == losses(rows)
     assert (folder / "old-1" / "checkpoints" / "step-00000003" / "state.json").is_file()
+
+
+def test_other_ranks_and_zero_stages_go_on(home: Path, unbroken: list[dict]) -> None:
+    train(home, "moved", "max_steps=6")
+    train(home, "moved", "max_steps=11", ranks=1, zero="zero2")
+    rows = train(home, "moved")
+    assert losses(rows) == pytest.approx(losses(unbroken), abs=1e-4)
+
+
+def test_a_run_per_stage_and_a_stop_file_give_the_unbroken_run(home: Path, unbroken: list[dict]) -> None:
+    folder = home / "runs" / "staged"
+    train(home, "staged", "stop_after_stage=0")
+    assert json.loads((folder / "stage_0" / "done.json").read_text()) == {"stage": 0, "step": 4, "samples": 128}
+    assert not (folder / "final").exists()
+    before = (folder / "log.txt").read_text()
+    train(home, "staged", "stop_after_stage=0")
+    assert (folder / "log.txt").read_text() == before  # said so, and left without loading anything
+    process = start(home, "staged", "stop_after_stage=3")
+    while not is_past(folder, 8):
+        assert process.poll() is None
+        time.sleep(0.05)
+    (folder / "stop").touch()
+    assert process.wait(timeout=200) == 0
+    stopped = json.loads((folder / "stopped.json").read_text())
+    assert stopped["reason"] == "stop file" and 8 <= stopped["step"] < 16
+    rows = train(home, "staged")
+    assert losses(rows) == losses(unbroken)
+    assert not (folder / "stop").exists() and not (folder / "stopped.json").exists()
+
+
+def is_past(folder: Path, step: int) -> bool:
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    return any(json.loads(line)["step"] >= step for line in lines if line.endswith("\n"))
 
 
 def test_torchrun_and_plain_python(home: Path, unbroken: list[dict]) -> None:

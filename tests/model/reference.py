@@ -15,8 +15,14 @@ from transformers import (
     InternVLForConditionalGeneration,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 from coconut.model import MultimodalCoconut
@@ -40,7 +46,22 @@ def tiny_internvl(attn: str = "sdpa", tie: bool = False, hidden: int = 32) -> In
     return InternVLForConditionalGeneration(config)
 
 
-def tiny_text(kind: str, attn: str = "sdpa") -> torch.nn.Module:
+def tiny_qwen2_5_vl(attn: str = "sdpa") -> Qwen2_5_VLForConditionalGeneration:
+    """A tile of 16 x 16 pixels makes 2 x 2 image tokens, as those of `tiny_internvl` do."""
+    config = Qwen2_5_VLConfig(
+        vision_config=dict(hidden_size=16, depth=2, num_heads=2, intermediate_size=32, patch_size=4, out_hidden_size=32,
+                           spatial_merge_size=2, window_size=16, fullatt_block_indexes=[1], initializer_range=0.1),
+        text_config=dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+                         intermediate_size=64, vocab_size=VOCAB, max_position_embeddings=512, bos_token_id=None,
+                         eos_token_id=EOS, pad_token_id=0, initializer_range=0.1, use_sliding_window=False,
+                         rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[1, 1, 2])),
+        image_token_id=IMAGE, tile_size=TILE, tie_word_embeddings=False,
+    )  # fmt: skip
+    config._attn_implementation = attn
+    return Qwen2_5_VLForConditionalGeneration(config)
+
+
+def tiny_text(kind: str, attn: str = "sdpa", sliding_window: int | None = None) -> torch.nn.Module:
     common = dict(vocab_size=VOCAB, eos_token_id=EOS, bos_token_id=None, pad_token_id=0, attn_implementation=attn)
     if kind == "gpt2":
         return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=3, n_head=4, n_positions=256, resid_pdrop=0.0,
@@ -49,6 +70,10 @@ def tiny_text(kind: str, attn: str = "sdpa") -> torch.nn.Module:
                  intermediate_size=64, max_position_embeddings=256, initializer_range=0.1)  # fmt: skip
     if kind == "llama":
         return LlamaForCausalLM(LlamaConfig(**sizes, **common))
+    if kind == "mistral":
+        return MistralForCausalLM(MistralConfig(**sizes, **common, sliding_window=sliding_window))
+    if kind == "qwen3":
+        return Qwen3ForCausalLM(Qwen3Config(**sizes, **common, head_dim=8))
     return Qwen2ForCausalLM(Qwen2Config(**sizes, **common))
 
 
@@ -138,7 +163,10 @@ def largest_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> fl
 def float64_everywhere():
     """transformers computes RMSNorm and eager attention's softmax in float32 whatever the model's dtype."""
     from transformers.models.llama import modeling_llama
+    from transformers.models.mistral import modeling_mistral
     from transformers.models.qwen2 import modeling_qwen2
+    from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
+    from transformers.models.qwen3 import modeling_qwen3
 
     def norm(self: torch.nn.Module, hidden: Tensor) -> Tensor:
         variance = hidden.pow(2).mean(-1, keepdim=True)
@@ -152,11 +180,14 @@ def float64_everywhere():
         return (weights @ value).transpose(1, 2).contiguous(), weights
 
     with ExitStack() as patches:
-        for target, name, replacement in (
-            (modeling_qwen2.Qwen2RMSNorm, "forward", norm),
-            (modeling_llama.LlamaRMSNorm, "forward", norm),
-            (modeling_qwen2, "eager_attention_forward", attention),
-            (modeling_llama, "eager_attention_forward", attention),
+        for target in (
+            modeling_qwen2.Qwen2RMSNorm,
+            modeling_llama.LlamaRMSNorm,
+            modeling_mistral.MistralRMSNorm,
+            modeling_qwen3.Qwen3RMSNorm,
+            modeling_qwen2_5_vl.Qwen2_5_VLRMSNorm,
         ):
-            patches.enter_context(mock.patch.object(target, name, replacement))
+            patches.enter_context(mock.patch.object(target, "forward", norm))
+        for target in (modeling_qwen2, modeling_llama, modeling_mistral, modeling_qwen3, modeling_qwen2_5_vl):
+            patches.enter_context(mock.patch.object(target, "eager_attention_forward", attention))
         yield

@@ -87,10 +87,3 @@ def test_faults_are_named(folder: Path, tmp_path: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(CheckpointError, match="cannot load weights"):
         MultimodalCoconut.from_pretrained(folder)
-
-
-def test_the_original_format_is_refused_with_the_way_out() -> None:
-    from coconut.model.backbone import backbone_class
-
-    with pytest.raises(ConfigError, match="InternVL3-1B-hf"):
-        backbone_class("internvl_chat")

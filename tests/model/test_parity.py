@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
 
@@ -109,12 +107,12 @@ def test_the_comparison_can_fail(fault: str, monkeypatch: pytest.MonkeyPatch) ->
     theirs = gradients(model)
     batch = batch_rows(rows)
     if fault == "cache":
-        monkeypatch.setattr(multipass._PartLayer, "update", _detached(multipass._PartLayer.update))
+        monkeypatch.setattr(multipass._PassLayer, "update", _detached(multipass._PassLayer.update))
     elif fault == "padding":
         batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
     else:
         transform = {"thoughts": lambda h, k: h.detach(), "no feedback": lambda h, k: torch.zeros_like(h)}[fault]
-        monkeypatch.setattr(model, "_run", partial(model._run, thought_transform=transform))
+        batch["thought_transform"] = transform
     model(**batch, loss_only=True, num_items_in_batch=1).loss.backward()
     assert largest_difference(gradients(model), theirs) > 1e-4
 

@@ -1,40 +1,60 @@
-"""Checkpoints of a run folder: what is kept, what is moved aside, and what a run refuses to go on from."""
+"""Checkpoints of a run folder: what is kept, what is passed over, and what a run refuses to go on from."""
 
 from __future__ import annotations
 
 import json
+import os
+import pickle
+import re
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from coconut.training.checkpoint import (
+    MANIFEST_FILE,
     STATE_FILE,
     CheckpointFolder,
     load_checkpoint,
-    locked_run,
     read_checkpoint,
-    replace_folder,
-    set_aside,
 )
 from coconut.training.metrics import MetricsWriter
 from coconut.training.state import TrainState
 from coconut.types import CheckpointError, ConfigError
 
 RUN = {"seed": 1, "method": "coconut"}
+RANK_FILE = "rank-00000.safetensors"
 
 
 class Engine:
-    """Writes a file where DeepSpeed writes many."""
+    """What a DeepSpeed engine without ZeRO shows of itself."""
 
-    def save_checkpoint(self, folder: str, tag: str, save_latest: bool) -> None:
-        assert save_latest is False
-        (Path(folder) / tag).mkdir()
-        (Path(folder) / tag / "weights.pt").write_text("weights")
+    def __init__(self, width: int = 3) -> None:
+        self.module = torch.nn.Linear(width, 2)
+        self.optimizer = torch.optim.AdamW(self.module.parameters(), lr=0.1)
+        self.global_steps = self.global_samples = self.skipped_steps = self.micro_steps = 0
 
-    def load_checkpoint(self, folder: str, tag: str) -> tuple[str | None, dict]:
-        if (Path(folder) / tag / "weights.pt").read_text() != "weights":
-            raise RuntimeError("invalid header")
-        return folder, {}
+    def zero_optimization_partition_weights(self) -> bool:
+        return False
+
+    def step(self) -> None:
+        self.optimizer.zero_grad()
+        self.module(torch.ones(3)).sum().backward()
+        self.optimizer.step()
+        self.global_steps += 1
+
+    def everything(self) -> list[torch.Tensor]:
+        states = self.optimizer.state.values()
+        return [*self.module.parameters(), *(state[key] for state in states for key in sorted(state))]
+
+
+@pytest.fixture
+def engine() -> Engine:
+    engine = Engine()
+    engine.step()
+    return engine
 
 
 @pytest.fixture
@@ -46,78 +66,160 @@ def names(checkpoints: CheckpointFolder) -> list[str]:
     return [path.name for path in checkpoints.complete()]
 
 
-def test_the_newest_are_kept_and_the_one_just_written_always(checkpoints: CheckpointFolder) -> None:
-    for step in (1, 2, 3):
-        checkpoints.save(Engine(), TrainState(step=step))
-    assert names(checkpoints) == ["step-00000002", "step-00000003"]
-    checkpoints.save(Engine(), TrainState(step=1))  # of a run that went back
+def test_the_newest_are_kept_and_the_one_just_written_and_the_best(
+    checkpoints: CheckpointFolder, engine: Engine
+) -> None:
+    for step, accuracy in ((1, None), (2, 0.9), (3, 0.5), (4, 0.7), (5, None)):
+        checkpoints.save(engine, TrainState(step=step), accuracy)
+    assert names(checkpoints) == ["step-00000002", "step-00000004", "step-00000005"]
+    checkpoints.save(engine, TrainState(step=6, stage=1), 0.1)  # the best of the stage before has no claim any more
+    assert names(checkpoints) == ["step-00000005", "step-00000006"]
+    checkpoints.save(engine, TrainState(step=1))  # of a run that went back
     assert "step-00000001" in names(checkpoints)
 
 
-def test_state_comes_back_whole(checkpoints: CheckpointFolder) -> None:
+def test_state_and_tensors_come_back_whole(checkpoints: CheckpointFolder, engine: Engine) -> None:
     state = TrainState(stage=2, epoch=7, epoch_step=3, step=99, flops=1.5e12, samples_per_step=32, stage_done=True)
-    folder = checkpoints.save(Engine(), state)
-    assert read_checkpoint(folder, RUN) == state
-    load_checkpoint(Engine(), folder)
+    folder = checkpoints.save(engine, state)
+    found = read_checkpoint(folder, RUN)
+    assert found.state == state
+    other = Engine()
+    load_checkpoint(other, found)
+    assert other.global_steps == 1
+    for left, right in zip(engine.everything(), other.everything(), strict=True):
+        assert torch.equal(left, right)
+    for one in (engine, other):
+        one.step()
+    assert torch.equal(engine.module.weight, other.module.weight)
 
 
-def test_an_unfinished_folder_is_no_checkpoint(checkpoints: CheckpointFolder) -> None:
-    folder = checkpoints.save(Engine(), TrainState(step=5))
-    (folder / STATE_FILE).unlink()
-    assert checkpoints.newest() is None
-    with pytest.raises(CheckpointError, match="no complete checkpoint"):
-        read_checkpoint(folder, RUN)
+def test_a_checkpoint_of_another_model_is_refused(checkpoints: CheckpointFolder, engine: Engine) -> None:
+    found = read_checkpoint(checkpoints.save(engine, TrainState(step=5)), RUN)
+    with pytest.raises(CheckpointError, match="weight of weight with 2 of 8 values missing"):
+        load_checkpoint(Engine(width=4), found)
 
 
-def test_damage_is_named(checkpoints: CheckpointFolder) -> None:
-    folder = checkpoints.save(Engine(), TrainState(step=5))
-    (folder / "engine" / "weights.pt").write_text("wei")
-    with pytest.raises(CheckpointError, match=r"step-00000005 cannot be loaded .*invalid header"):
-        load_checkpoint(Engine(), folder)
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 0x10
+    path.write_bytes(bytes(content))
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "said"),
+    [
+        (RANK_FILE, flip_a_bit, "has another SHA-256 than when it was written"),
+        (STATE_FILE, flip_a_bit, "has another SHA-256"),
+        (RANK_FILE, truncate, r"has \d+ bytes, \d+ were written"),
+        (RANK_FILE, Path.unlink, "rank-00000.safetensors is missing"),
+        (MANIFEST_FILE, truncate, "manifest.json is damaged"),
+        (MANIFEST_FILE, Path.unlink, "manifest.json is missing"),
+    ],
+)
+def test_damage_is_named_and_the_one_before_is_taken(
+    checkpoints: CheckpointFolder, engine: Engine, said_warnings: list[str], file: str, damage, said: str
+) -> None:
+    assert checkpoints.newest_valid() is None
+    older, newer = (checkpoints.save(engine, TrainState(step=step)) for step in (1, 2))
+    assert checkpoints.newest_valid() == newer
+    (checkpoints.folder / ".step-00000003.partial").mkdir()  # its writer died
+    damage(newer / file)
+    assert checkpoints.newest_valid() == older
+    text = "\n".join(said_warnings)
+    assert f"passing over {newer}" in text and "its writer died" in text
+    assert re.search(said, text)
+    damage(older / file)
+    with pytest.raises(CheckpointError, match=r"none of the 2 checkpoint\(s\)"):
+        checkpoints.newest_valid()
+
+
+@pytest.fixture
+def said_warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    said: list[str] = []
+    monkeypatch.setattr("coconut.training.checkpoint.logger.warning", lambda text, *values: said.append(text % values))
+    return said
+
+
+class Hostile:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple:
+        return os.system, (f"touch {self.trace}",)
+
+
+def test_a_hostile_pickle_does_not_run(checkpoints: CheckpointFolder, engine: Engine, tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
+    pickle.loads(pickle.dumps(Hostile(trace)))
+    assert trace.exists()  # so the file is dangerous
+    trace.unlink()
+    folder = checkpoints.save(engine, TrainState(step=5))
+    found = read_checkpoint(folder, RUN)
+    for name in (RANK_FILE, "mp_rank_00_model_states.pt", "rank-00001.safetensors"):
+        torch.save(Hostile(trace), folder / name)
+    with pytest.raises(CheckpointError, match="is no checkpoint file"):
+        load_checkpoint(engine, found)
+    assert not trace.exists()
+
+
+def test_a_write_that_fails_leaves_the_older_ones(
+    checkpoints: CheckpointFolder, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    older = checkpoints.save(engine, TrainState(step=1))
+
+    def no_space(*_: object) -> Path:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("coconut.training.checkpoint.write_pieces", no_space)
+    with pytest.raises(CheckpointError, match=r"rank 0: .*No space left on device.*untouched"):
+        checkpoints.save(engine, TrainState(step=2))
+    assert checkpoints.newest_valid() == older
+    assert [path.name for path in checkpoints.folder.iterdir()] == [older.name]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 3 MiB; needs root."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", folder], capture_output=True)
+    if done.returncode != 0:
+        pytest.skip("mounting a small file system needs root")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk_is_an_error_before_and_while_writing(
+    small_disk: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = CheckpointFolder(small_disk / "checkpoints", keep=2, run=RUN)
+    older = checkpoints.save(engine, TrainState(step=1))
+    engine.module.register_buffer("large", torch.zeros(700, 1024))  # 2.7 MiB
+    with pytest.raises(CheckpointError, match=r"needs 2\.7 MiB and (2\.9|3\.0) MiB are free"):
+        checkpoints.save(engine, TrainState(step=2))
+    (small_disk / "others").write_bytes(bytes(1 << 20))
+    monkeypatch.setattr(checkpoints, "_need_space", lambda *_: None)  # the disk filled up after the look
+    with pytest.raises(CheckpointError, match=r"No space left on device|could not be written"):
+        checkpoints.save(engine, TrainState(step=2))
+    assert checkpoints.newest_valid() == older
+
+
+def test_another_run_is_refused(checkpoints: CheckpointFolder, engine: Engine) -> None:
+    folder = checkpoints.save(engine, TrainState(step=5))
+    with pytest.raises(ConfigError, match="seed was 1 and is 2; method was 'coconut' and is 'cot'"):
+        read_checkpoint(folder, {"seed": 2, "method": "cot"})
     (folder / STATE_FILE).write_text("{")
     with pytest.raises(CheckpointError, match=r"state\.json is damaged"):
         read_checkpoint(folder, RUN)
-
-
-def test_another_run_or_number_of_ranks_is_refused(
-    checkpoints: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = checkpoints.save(Engine(), TrainState(step=5))
-    with pytest.raises(ConfigError, match="seed was 1 and is 2; method was 'coconut' and is 'cot'"):
-        read_checkpoint(folder, {"seed": 2, "method": "cot"})
-    monkeypatch.setattr("coconut.training.checkpoint.get_world_size", lambda: 4)
-    with pytest.raises(CheckpointError, match=r"written by 1 rank\(s\), this run has 4"):
+    (folder / STATE_FILE).unlink()
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
         read_checkpoint(folder, RUN)
-
-
-def test_setting_aside_loses_nothing(tmp_path: Path) -> None:
-    for number in (1, 2):
-        (tmp_path / "stage_0").mkdir()
-        (tmp_path / "metrics.jsonl").write_text(str(number))
-        target = set_aside(tmp_path, ("stage_*", "metrics.jsonl", "final"))
-        assert target == tmp_path / f"old-{number}"
-        assert (target / "metrics.jsonl").read_text() == str(number) and (target / "stage_0").is_dir()
-    assert set_aside(tmp_path, ("stage_*",)) is None
-
-
-def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
-    for content in ("old", "new"):
-        (tmp_path / "partial").mkdir()
-        (tmp_path / "partial" / "file").write_text(content)
-        replace_folder(tmp_path / "partial", tmp_path / "final")
-        assert (tmp_path / "final" / "file").read_text() == content
-    assert [path.name for path in tmp_path.iterdir()] == ["final"]
-
-
-def test_one_run_at_a_time_in_a_folder(tmp_path: Path) -> None:
-    with (
-        locked_run(tmp_path / "run"),
-        pytest.raises(ConfigError, match="another run is writing"),
-        locked_run(tmp_path / "run"),
-    ):
-        pass
-    with locked_run(tmp_path / "run"):
-        pass
 
 
 def test_metrics_are_taken_back_to_the_checkpoint(tmp_path: Path) -> None:

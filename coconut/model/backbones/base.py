@@ -1,6 +1,6 @@
-"""The one place that knows how transformers lays out a backbone: which module is what, and how images enter it.
+"""What the rest of `coconut.model` asks of a backbone, and the answers of a text-only causal language model.
 
-Everything else in `coconut.model` talks to a `Backbone`. Adding one means a subclass and a line in `BACKBONES`.
+A family with images is a subclass in a file of its own, and a line in `registry.py` (docs/backbones.md).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, InternVLForConditionalGeneration, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from coconut.types import ConfigError
 
@@ -73,61 +73,12 @@ class Backbone:
             "model_id such as OpenGVLab/InternVL3-1B-hf, or data without images"
         )
 
-    def position_ids(self, attention_mask_BL: Tensor) -> Tensor:
-        """Positions [B, L] that count tokens and skip padding."""
+    def position_ids(self, input_ids_BL: Tensor, attention_mask_BL: Tensor) -> Tensor:
+        """Positions [B, L], or [axes, B, L], that count tokens and skip padding."""
         return (attention_mask_BL.long().cumsum(-1) - 1).clamp(min=0)
 
-
-class InternVLBackbone(Backbone):
-    """InternVL in transformers' own format (hub ids that end in ``-hf``)."""
-
-    auto_class: ClassVar[Any] = InternVLForConditionalGeneration
-
-    def __init__(self, base_model: PreTrainedModel) -> None:
-        super().__init__(base_model)
-        config = base_model.config
-        vision = config.vision_config
-        self.image_token_id = config.image_token_id
-        self.tile_size = int(_first(vision.image_size))
-        grid = self.tile_size // int(_first(vision.patch_size))
-        self.tokens_per_patch = int((grid * config.downsample_ratio) ** 2)
-
-    @property
-    def decoder(self) -> nn.Module:
-        return self.base_model.model.language_model
-
-    @property
-    def vision_layers(self) -> nn.ModuleList:
-        return self.base_model.model.vision_tower.encoder.layer
-
-    def encode_images(self, pixels_PCHW: Tensor) -> Tensor:
-        return self.base_model.model.get_image_features(pixel_values=pixels_PCHW, return_dict=True).pooler_output
-
-
-#: model_type of a transformers configuration -> adapter; anything else is tried as a text-only causal model.
-BACKBONES: dict[str, type[Backbone]] = {"internvl": InternVLBackbone}
-
-
-def backbone_class(model_type: str) -> type[Backbone]:
-    """The adapter for a transformers ``model_type``.
-
-    Raises:
-        ConfigError: a vision-language family that no adapter is written for.
-    """
-    if model_type == "internvl_chat":
-        raise ConfigError(
-            "this checkpoint is in InternVL's original format (model_type 'internvl_chat'), which needs remote code; "
-            "use the same weights in transformers' format, whose hub id ends in '-hf' (OpenGVLab/InternVL3-1B-hf)"
-        )
-    return BACKBONES.get(model_type, Backbone)
-
-
-def wrap_backbone(base_model: PreTrainedModel) -> Backbone:
-    return backbone_class(base_model.config.model_type)(base_model)
-
-
-def _first(size: int | list[int] | tuple[int, ...]) -> int:
-    return size[0] if isinstance(size, (list, tuple)) else size
+    def prepare_decoding(self, input_ids_BL: Tensor, attention_mask_BL: Tensor) -> None:
+        """Called before transformers' own decoding goes on from a filled cache; nothing to do where positions count."""
 
 
 def normalise_pixels(pixels_PCHW: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype) -> Tensor:
@@ -135,3 +86,7 @@ def normalise_pixels(pixels_PCHW: Tensor, mean: Tensor, std: Tensor, dtype: torc
     if pixels_PCHW.dtype == torch.uint8:
         pixels_PCHW = (pixels_PCHW.to(dtype) / 255 - mean.to(dtype)) / std.to(dtype)
     return pixels_PCHW.to(dtype)
+
+
+def first(size: int | list[int] | tuple[int, ...]) -> int:
+    return size[0] if isinstance(size, (list, tuple)) else size

@@ -1,0 +1,189 @@
+"""ProsQA, generated as the paper describes (arXiv 2412.06769, appendix A.2), in the layout of its public files.
+
+    seed --grow_graph--> edges, labels --draw_problem--> the public record (question, steps, answer, graph)
+
+A directed graph grows from two roots: node 0, an entity, and node 1. Every node is labelled with the roots it descends
+from. The right answer descends from node 0 alone, the wrong one from node 1 alone, so that only following edges
+tells them apart. What the appendix leaves open is settled here: all nodes without an incoming edge get names of
+entities, the others of concepts; a depth is the longest way from a root; graphs without an answer at least MIN_STEPS
+edges away are drawn again, and the answer is one of the nodes at least that far, uniformly.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from coconut.types import DataError
+
+N_NODES = 23  # the paper's average
+MIN_STEPS = 3
+MEAN_PARENTS = 1.5
+SPLIT_SIZES = {"train": 17_886, "val": 300, "test": 500}  # the public files'
+ENTITIES = (
+    "Alex",
+    "Bob",
+    "Carol",
+    "Davis",
+    "Eva",
+    "Fae",
+    "Jack",
+    "Max",
+    "Oliver",
+    "Polly",
+    "Rex",
+    "Sally",
+    "Sam",
+    "Stella",
+    "Tom",
+    "Wren",
+)
+# None begins with a vowel, so that "a" is always right.
+CONCEPTS = (
+    "bompus",
+    "boompus",
+    "brimpus",
+    "chorpus",
+    "dalpus",
+    "dumpus",
+    "felpus",
+    "fompus",
+    "gerpus",
+    "gimpus",
+    "gorpus",
+    "grimpus",
+    "gwompus",
+    "hilpus",
+    "jelpus",
+    "jompus",
+    "kerpus",
+    "lempus",
+    "lorpus",
+    "lumpus",
+    "numpus",
+    "quimpus",
+    "rempus",
+    "rompus",
+    "rorpus",
+    "scrompus",
+    "shumpus",
+    "sterpus",
+    "storpus",
+    "terpus",
+    "timpus",
+    "tumpus",
+    "vumpus",
+    "wumpus",
+    "worpus",
+    "yerpus",
+    "yimpus",
+    "yumpus",
+    "zhorpus",
+    "zumpus",
+)
+
+Edge = tuple[int, int]  # from a node to one of its kinds
+
+
+def generate(split: str, size: int, seed: int, n_nodes: int = N_NODES) -> Iterator[dict[str, Any]]:
+    """The records of a split, each a function of (seed, split, its number) alone.
+
+    Raises:
+        DataError: a size or number of nodes that cannot be met.
+    """
+    if size < 1:
+        raise DataError(f"{size} problems in {split}; ask for at least 1")
+    if not 8 <= n_nodes <= len(CONCEPTS):
+        raise DataError(f"{n_nodes} nodes; a problem has 8 to {len(CONCEPTS)}, there are no more names")
+    for number in range(size):
+        digest = hashlib.sha256(f"prosqa\0{seed}\0{split}\0{number}".encode()).digest()
+        yield draw_problem(np.random.default_rng(int.from_bytes(digest[:16], "big")), n_nodes)
+
+
+def grow_graph(rng: np.random.Generator, n_nodes: int) -> tuple[list[Edge], list[int]]:
+    """Algorithm 1 of the appendix.
+
+    Returns:
+        the edges, and each node's label: bit 1 descends from node 0, bit 2 from node 1.
+    """
+    edges: list[Edge] = []
+    labels, depths = [1, 2], [0, 0]
+    for node in range(2, n_nodes):
+        n_parents, draw = int(rng.poisson(MEAN_PARENTS)), rng.random()
+        # A third of the nodes must stay off node 1's side, a third off node 0's; the rest may mix both.
+        allowed = {0, 1} if draw <= 0.35 else {0, 2} if draw <= 0.7 else {0, 1, 2, 3}
+        candidates = [other for other in range(node) if labels[other] in allowed]
+        weights = np.array([depths[other] * 1.5 + 1 for other in candidates])  # deep nodes first: longer chains
+        n_parents = min(n_parents, len(candidates))
+        parents = rng.choice(candidates, n_parents, replace=False, p=weights / weights.sum()).tolist()
+        edges += [(parent, node) for parent in parents]
+        label = 0
+        for parent in parents:
+            label |= labels[parent]
+        labels.append(label)
+        depths.append(1 + max(depths[parent] for parent in parents) if parents else 0)
+    return edges, labels
+
+
+def draw_problem(rng: np.random.Generator, n_nodes: int) -> dict[str, Any]:
+    """One problem with the fields of the public files: question, steps, answer, idx_to_symbol, edges, root, target,
+    neg_target."""
+    while True:
+        edges, labels = grow_graph(rng, n_nodes)
+        paths = shortest_paths(edges, 0)
+        far = [node for node, path in paths.items() if labels[node] == 1 and len(path) > MIN_STEPS]
+        wrong = [node for node in range(2, n_nodes) if labels[node] == 2]
+        n_roots = n_nodes - len({end for _, end in edges})
+        if far and wrong and n_roots <= len(ENTITIES):
+            break
+    target, neg_target = int(rng.choice(far)), int(rng.choice(wrong))
+    names = _name_nodes(rng, edges, n_nodes)
+    kinds = {end for _, end in edges}
+    said = [_statement(names, edge, kinds) for edge in edges]
+    either = [names[target], names[neg_target]]
+    rng.shuffle(said)
+    rng.shuffle(either)
+    path = paths[target]
+    return {
+        "question": f"{' '.join(said)} Is {names[0]} a {either[0]} or {either[1]}?",
+        "steps": [_statement(names, (path[i], path[i + 1]), kinds) for i in range(len(path) - 1)],
+        "answer": f"{names[0]} is a {names[target]}.",
+        "idx_to_symbol": names,
+        "edges": [list(edge) for edge in edges],
+        "root": 0,
+        "target": target,
+        "neg_target": neg_target,
+    }
+
+
+def shortest_paths(edges: list[Edge], root: int) -> dict[int, list[int]]:
+    """A shortest path from the root to each node that can be reached, both ends included."""
+    children: dict[int, list[int]] = {}
+    for start, end in edges:
+        children.setdefault(start, []).append(end)
+    paths, queue = {root: [root]}, [root]
+    for node in queue:
+        for child in children.get(node, []):
+            if child not in paths:
+                paths[child] = [*paths[node], child]
+                queue.append(child)
+    return paths
+
+
+def closing_question(question: str) -> str:
+    """``Is Tom a lempus or scrompus?`` of a whole question: all that is asked where a picture shows the graph."""
+    return question.rpartition(". ")[2]
+
+
+def _name_nodes(rng: np.random.Generator, edges: list[Edge], n_nodes: int) -> list[str]:
+    kinds = {end for _, end in edges}
+    entities, concepts = iter(rng.permutation(ENTITIES)), iter(rng.permutation(CONCEPTS))
+    return [str(next(concepts) if node in kinds else next(entities)) for node in range(n_nodes)]
+
+
+def _statement(names: list[str], edge: Edge, kinds: set[int]) -> str:
+    start, end = edge
+    return f"{'Every ' if start in kinds else ''}{names[start]} is a {names[end]}."

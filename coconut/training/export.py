@@ -1,0 +1,42 @@
+"""RUN/stage_K/ and RUN/final/: folders that plain transformers loads, replaced as a whole."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from coconut.model import MultimodalCoconut
+from coconut.training.engine import gathered_state_dict
+from coconut.training.run_folder import DONE_FILE, is_stage_done, replace_folder, write_json
+from coconut.training.state import TrainState
+from coconut.utils.distributed import barrier, is_main_process
+
+
+def export_model(engine: Any, model: MultimodalCoconut, processors: list[Any], final: Path) -> None:
+    """Write weights, configuration and `processors` (tokenizer ...) to `final`; every rank must call it."""
+    weights = gathered_state_dict(engine)
+    if is_main_process():
+        partial = final.with_name(f".{final.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        model.save_pretrained(partial, state_dict=weights)
+        for processor in processors:
+            processor.save_pretrained(partial)
+        replace_folder(partial, final)
+    barrier()
+
+
+def exported_step(final: Path) -> int:
+    """Optimizer steps of the model in `final`; -1 when there is none."""
+    try:
+        return int(json.loads((final / "coconut.json").read_text())["metadata"]["state"]["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return -1
+
+
+def mark_stage_done(run_dir: Path, stage: int, state: TrainState) -> None:
+    """RUN/stage_K/done.json: written last, so that what waits for the stage finds its checkpoint as well."""
+    if is_main_process() and (run_dir / f"stage_{stage}").is_dir() and not is_stage_done(run_dir, stage):
+        done = {"stage": stage, "step": state.step, "samples": state.samples}
+        write_json(run_dir / f"stage_{stage}" / DONE_FILE, done)

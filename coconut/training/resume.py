@@ -1,0 +1,80 @@
+"""How a run begins: who holds its folder, which checkpoint it goes on from, and where it is to end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from coconut.training.checkpoint import Checkpoint, CheckpointFolder, fault_of, read_checkpoint
+from coconut.training.metrics import METRICS_FILE, MetricsWriter
+from coconut.training.run_folder import hold_run, restore_replaced, set_aside
+from coconut.training.stop import StopRequests
+from coconut.types import CheckpointError, ConfigError
+from coconut.utils.distributed import on_main_first
+from coconut.utils.logging import get_logger
+
+logger = get_logger(__name__)
+
+#: What a run keeps from its first step to its last; a checkpoint written with other values is of another run.
+FIXED_SETTINGS = (
+    "seed", "method", "c_thought", "max_latent_stage", "pad_latent_to_max", "model_id", "load_model_path",
+    "train_data_path", "max_train_samples", "samples_per_epoch", "image_size", "max_num_patches", "use_thumbnail",
+    "dynamic_preprocess", "prompt_format", "bf16", "fp16", "latent_feedback", "latent_passes", "jacobi_iterations",
+    "auxiliary_losses",
+)  # fmt: skip
+
+
+def fixed_settings(config: Any) -> dict[str, Any]:
+    """The settings that make a configuration's run the same run."""
+    return {name: getattr(config, name) for name in FIXED_SETTINGS}
+
+
+def take_run(run_dir: Path) -> None:
+    """Hold the run folder, and tidy up what the process before this one left half done or asked for."""
+    if hold_run(run_dir):
+        StopRequests(run_dir).clear()
+        restore_replaced(run_dir)
+        restore_replaced(run_dir / "checkpoints")
+
+
+def last_stage(stop_after_stage: int | None, stages: list[int]) -> int:
+    """The stage after which a run ends.
+
+    Raises:
+        ConfigError: `stop_after_stage` is none of the run's stages.
+    """
+    if stop_after_stage is None:
+        return stages[-1]
+    if stop_after_stage not in stages:
+        raise ConfigError(f"stop_after_stage = {stop_after_stage}: this run has the stages {stages[0]} to {stages[-1]}")
+    return stop_after_stage
+
+
+def find_start(checkpoints: CheckpointFolder, resume: str) -> Checkpoint | None:
+    """The checkpoint that `resume` (auto, none or a path) asks for; None to start anew. Every rank must call it.
+
+    What would be in the way is moved, not deleted.
+
+    Raises:
+        CheckpointError: what was asked for is damaged.
+        ConfigError: it is of a run with other settings.
+    """
+    folder = checkpoints.newest_valid() if resume == "auto" else None if resume == "none" else Path(resume)
+    if folder is not None and resume != "auto" and (fault := fault_of(folder)):
+        raise CheckpointError(f"resume = {resume}: {fault}; resume=auto takes the newest checkpoint that is whole")
+    return on_main_first(lambda: _make_room(checkpoints, folder))
+
+
+def _make_room(checkpoints: CheckpointFolder, folder: Path | None) -> Checkpoint | None:
+    run_dir = checkpoints.folder.parent
+    if folder is None:
+        old = set_aside(run_dir, ("checkpoints", "stage_*", "final", METRICS_FILE))
+        if old is not None:
+            logger.info("what an earlier run left in %s is now in %s", run_dir, old)
+        return None
+    found = read_checkpoint(folder, checkpoints.run)
+    newer = [other.name for other in checkpoints.folder.glob("step-*") if other.name > folder.name]
+    set_aside(checkpoints.folder, newer)  # else the next start would take them for the newest
+    MetricsWriter(run_dir).rewind(found.state.step)
+    logger.info("going on from %s: stage %d, step %d", folder, found.state.stage, found.state.step)
+    return found

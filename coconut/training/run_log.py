@@ -1,0 +1,71 @@
+"""What a run says of itself: rows of metrics, and the lines that a person reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from coconut.training.metrics import MetricsWriter, Totals, progress_line
+from coconut.training.stages import StageManager
+from coconut.training.state import TrainState
+from coconut.utils.distributed import all_reduce_sum
+from coconut.utils.logging import get_logger
+
+logger = get_logger(__name__)
+
+
+class RunLog:
+    """Writes RUN/metrics.jsonl and log lines from the main process; every rank must call each method."""
+
+    def __init__(self, run_dir: Path, stages: StageManager) -> None:
+        self.metrics = MetricsWriter(run_dir)
+        self.stages = stages
+
+    def training(self, state: TrainState, window: Totals, engine: Any, steps: int | None) -> None:
+        """The steps since the last such row.
+
+        Args:
+            window: sums over those steps; its ``loss_sum`` is this rank's.
+            engine: says learning rate and gradient norm.
+            steps: optimizer steps of the epoch, where they are known.
+        """
+        window.loss_sum = all_reduce_sum([window.loss_sum])[0]
+        settings, rates, norm = self.stages.settings(state.stage), window.rates(), engine.get_global_grad_norm()
+        self._write(
+            "train",
+            state,
+            **rates,
+            lr=engine.optimizer.param_groups[0]["lr"],
+            grad_norm=float(norm) if norm is not None else None,
+        )
+        where = f"stage {state.stage}  epoch {state.stage_epoch + 1}/{settings.epochs}  step {state.epoch_step}"
+        seconds_left = None
+        if steps is not None:
+            where += f"/{steps}"
+            left = (settings.epochs - state.stage_epoch) * steps - state.epoch_step
+            seconds_left = left * window.seconds / max(window.steps, 1)
+        logger.info(progress_line(where, rates, seconds_left))
+
+    def validation(self, kind: str, state: TrainState, metrics: dict[str, float]) -> None:
+        """What a validation (``val``) or the test data (``test``) said."""
+        self._write(kind, state, **{k: v for k, v in metrics.items() if k != "samples"})
+        logger.info(
+            "%s  stage %d  loss %.4f  answers right %.1f %%  whole text right %.1f %%  (%d samples)",
+            kind,
+            state.stage,
+            metrics["loss"],
+            100 * metrics["accuracy"],
+            100 * metrics["full_match"],
+            metrics["samples"],
+        )
+
+    def stage_end(self, state: TrainState) -> None:
+        self._write("stage", state, **self.stages.get_stage_config(state.stage))
+
+    def anomaly(self, state: TrainState, **values: Any) -> None:
+        """A step that was skipped, or a rollback."""
+        self._write("anomaly", state, **values)
+
+    def _write(self, kind: str, state: TrainState, **values: Any) -> None:
+        position = {name: getattr(state, name) for name in ("step", "epoch", "samples", "tokens", "flops", "seconds")}
+        self.metrics.write(kind, **{"stage": state.stage, **position, **values})

@@ -1,0 +1,89 @@
+"""Hand a trained model on: a folder that plain transformers loads, with a model card; or bring one in.
+
+    python launch/export.py --checkpoint RUN --out OUT --eval RUN/eval/test RUN/eval/test-noise
+    python launch/export.py --original checkpoint_12 --base GPT2_FOLDER --stage 3 --c-thought 2 --out OUT
+
+The second form imports a checkpoint of the original Coconut (its file of weights and the folder of the model it started
+from). Either way the folder is loaded again with plain transformers, and its logits are compared before it gets its
+name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # so that the script runs from a clone that is not installed
+
+from coconut.evaluation.run import find_checkpoint, require_stage
+from coconut.types import CoconutError, ConfigError
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--checkpoint", type=Path, help="folder that the trainer wrote: RUN/final, RUN/stage_2, or RUN")
+    add("--out", type=Path, required=True, help="folder to write; must be new or empty")
+    add("--name", help="of the model, for its card (default: the name of OUT)")
+    add("--eval", type=Path, nargs="+", default=[], metavar="DIR", help="evaluation folders, for the card's scores")
+    original = parser.add_argument_group("a checkpoint of the original Coconut")
+    add = original.add_argument
+    add("--original", type=Path, metavar="FILE", help="the file that it wrote, checkpoint_N")
+    add("--base", metavar="MODEL", help="folder or hub id of the model it started from")
+    add("--stage", type=int, metavar="N", help="its stage: (N - 1) // epochs_per_stage for checkpoint_N")
+    add("--c-thought", type=int, default=2, help="its c_thought (default: %(default)s)")
+    add("--max-latent-stage", type=int, default=4, help="its max_latent_stage (default: %(default)s)")
+    add("--method", choices=("coconut", "cot", "no_cot"), default="coconut", help="how it was trained")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = build_parser().parse_args(argv)
+    try:
+        check(arguments)
+        difference = run(arguments)
+    except CoconutError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"exported: {arguments.out} (logits in plain transformers differ by at most {difference:.1g})")
+    return 0
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Refuse what cannot work before anything is loaded."""
+    if (arguments.checkpoint is None) == (arguments.original is None):
+        raise ConfigError("give either --checkpoint, or --original with --base and --stage")
+    if arguments.original is not None:
+        missing = [f"--{name}" for name in ("base", "stage") if getattr(arguments, name) is None]
+        if missing:
+            raise ConfigError(f"--original needs {' and '.join(missing)} too: the file does not say")
+        if not arguments.original.is_file():
+            raise ConfigError(f"--original {arguments.original} is no file")
+    else:
+        require_stage(find_checkpoint(arguments.checkpoint))
+
+
+def run(arguments: argparse.Namespace) -> float:
+    # These take seconds to import: not for a typing error, nor for --help.
+    from coconut.evaluation.export import export, original_stage
+    from coconut.evaluation.loaded import load
+    from coconut.evaluation.run import log_to_console
+    from coconut.model.original import load_original
+
+    log_to_console(False)
+    processor = None
+    if arguments.original is not None:
+        spec = original_stage(arguments.stage, arguments.c_thought, arguments.max_latent_stage, arguments.method)
+        model, tokenizer = load_original(arguments.original, arguments.base, spec)
+    else:
+        loaded = load(find_checkpoint(arguments.checkpoint))
+        model, tokenizer, processor = loaded.model.to("cpu"), loaded.tokenizer, loaded.processor
+    name = arguments.name or arguments.out.resolve().name
+    difference: float = export(model, tokenizer, processor, arguments.out, name=name, evaluations=arguments.eval)
+    return difference
+
+
+if __name__ == "__main__":
+    sys.exit(main())

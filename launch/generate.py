@@ -1,0 +1,176 @@
+"""Put questions to a trained model: one, a conversation, or a file of them.
+
+    python launch/generate.py --checkpoint RUN/final --image maze.png --question "start a4 ?"
+    python launch/generate.py --checkpoint RUN/final                      asks for questions; :help says how
+    python launch/generate.py --checkpoint RUN/final --input questions.jsonl --output answers.jsonl
+
+A file's records need a "question"; "image" (a path, relative to the file) and any other field may stand beside it. The
+output repeats each record with "prediction", the whole text, and "predicted_answer", what follows the last ###.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # so that the script runs from a clone that is not installed
+
+from coconut.evaluation.run import find_checkpoint, require_stage
+from coconut.types import CoconutError, ConfigError
+
+if TYPE_CHECKING:
+    from coconut.evaluation.ask import Settings
+    from coconut.evaluation.loaded import Loaded
+
+HELP = """  any text           is the next question, about the current picture
+  :image PATH ...    show this picture from now on (:image alone: none)
+  :latents N         think N thoughts before answering (:latents alone: the checkpoint's own number)
+  :quit              leave (or end of input)"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--checkpoint", type=Path, required=True, help="folder that the trainer wrote: RUN/final, RUN/stage_2, or RUN")
+    add("--question", help="answer this one question (default: ask for questions)")
+    add("--image", nargs="+", default=[], metavar="PATH", help="picture, or pictures, of the question")
+    add("--input", type=Path, metavar="FILE", help="answer every record of a JSON or JSONL file")
+    add("--output", type=Path, metavar="FILE", help="JSONL file to write the answers of --input to")
+    add("--image-root", type=Path, help="folder of the images of --input (default: the folder of the file)")
+    add("--batch-size", type=int, default=16, help="questions of --input at once (default: %(default)s)")
+    add("--max-new-tokens", type=int, default=100, help="cut a text there (default: %(default)s)")
+    add(
+        "--latents", type=int, metavar="N", help="thoughts before the answer (default: those of the checkpoint's stage)"
+    )
+    add("--temperature", type=float, default=0.0, help="of sampling; 0: the likeliest token (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of sampling (default: %(default)s)")
+    add("--num-threads", type=int, help="CPU threads (default: torch's choice, or OMP_NUM_THREADS)")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = build_parser().parse_args(argv)
+    try:
+        check(arguments)
+        run(arguments)
+    except CoconutError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print()
+        return 130
+    return 0
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Refuse what cannot work before anything is loaded."""
+    for name, least in (
+        ("batch_size", 1),
+        ("max_new_tokens", 1),
+        ("latents", 0),
+        ("temperature", 0),
+        ("num_threads", 1),
+    ):
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            raise ConfigError(f"--{name.replace('_', '-')} is {value}; give a number of at least {least}")
+    if (arguments.input is None) != (arguments.output is None):
+        raise ConfigError("--input and --output belong together: a file of questions, and one to write the answers to")
+    if arguments.input is not None:
+        if arguments.question is not None or arguments.image:
+            raise ConfigError("--input brings its own questions and images; leave out --question and --image")
+        if not arguments.input.is_file():
+            raise ConfigError(f"--input {arguments.input} is no file")
+        if arguments.output.resolve() == arguments.input.resolve():
+            raise ConfigError(f"--output {arguments.output} would overwrite --input; choose another file")
+    for image in arguments.image:
+        if not Path(image).is_file():
+            raise ConfigError(f"--image {image} is no file")
+    spec = require_stage(find_checkpoint(arguments.checkpoint))
+    if arguments.latents and not spec["markers"]:
+        raise ConfigError(
+            f"--latents {arguments.latents}: this checkpoint was trained without thoughts (cot or no_cot); leave it out"
+        )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    # These take seconds to import: not for a typing error, nor for --help.
+    import torch
+
+    from coconut.evaluation.ask import Settings, answer_file
+    from coconut.evaluation.loaded import load
+    from coconut.evaluation.run import log_to_console
+    from coconut.utils.seed import set_seed
+
+    if arguments.num_threads is not None:
+        torch.set_num_threads(arguments.num_threads)
+    log_to_console(False)
+    loaded = load(find_checkpoint(arguments.checkpoint))
+    set_seed(arguments.seed)
+    settings = Settings(arguments.max_new_tokens, arguments.latents, arguments.temperature)
+    if arguments.input is not None:
+        n_answered, n_failed = answer_file(
+            loaded, arguments.input, arguments.output, settings, arguments.batch_size, arguments.image_root
+        )
+        print(f"{n_answered} answered, {n_failed} could not be asked: {arguments.output}")
+    elif arguments.question is not None:
+        speak(loaded, arguments.question, arguments.image, settings)
+    else:
+        converse(loaded, arguments.image, settings)
+
+
+def speak(loaded: Loaded, text: str, images: list[str], settings: Settings) -> None:
+    """Answer one question, writing each word as it comes."""
+    from transformers import TextStreamer
+
+    from coconut.evaluation.ask import ask, question
+
+    class Streamer(TextStreamer):
+        """Shows every token but the end of sequence: a special one in the middle is a fault, and is to be seen."""
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            super().on_finalized_text(text.replace(loaded.tokenizer.eos_token, ""), stream_end)
+
+    streamer = Streamer(loaded.tokenizer, skip_prompt=True)
+    ask(loaded, [question(text, images)], settings, streamer)
+
+
+def converse(loaded: Loaded, images: list[str], settings: Settings, read: Callable[[str], str] = input) -> None:
+    """Answer what is typed, until the end of input."""
+    from dataclasses import replace
+
+    print("Type a question, or :help.")
+    while True:
+        try:
+            line = read("> ").strip()
+        except EOFError:
+            print()
+            return
+        command, _, rest = line.partition(" ")
+        if command == ":quit":
+            return
+        try:
+            if command == ":image":
+                images = rest.split()
+            elif command == ":latents":
+                settings = replace(settings, n_latents=_number(rest))
+            elif command.startswith(":"):
+                print(HELP)
+            elif line:
+                speak(loaded, line, images, settings)
+        except CoconutError as error:  # a picture that is not there must not end the conversation
+            print(f"error: {error}")
+
+
+def _number(text: str) -> int | None:
+    if text and not text.isdecimal():
+        raise ConfigError(f":latents {text}: give a number, 0 or more, or nothing")
+    return int(text) if text else None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
