@@ -182,6 +182,8 @@ finish() {
     fi
     note "all stages are finished; report: $RUN/report/index.html"
     drop_lock
+  elif [ -n "${COCONUT_CHAIN:-}" ]; then # the next stage is another job
+    drop_lock
   fi
 }
 

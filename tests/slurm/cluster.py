@@ -168,17 +168,6 @@ class Cluster:
     def idle_nodes(self) -> list[str]:
         return sorted(set(self.run("sinfo", "-h", "-N", "-p", "main", "-t", "idle", "-o", "%N", check=False).split()))
 
-    def elements(self, job: str) -> dict[int, tuple[str, str, int]]:
-        """State, reason and restarts of each element that the scheduler keeps apart, by its number."""
-        answer = self.run("squeue", "-h", "-t", "all", "-r", "-j", job, "-o", "%K|%T|%r", check=False)
-        found = {}
-        for line in answer.splitlines():
-            number, state, reason = line.split("|")
-            shown = self.run("scontrol", "show", "job", f"{job}_{number}", "--oneliner", check=False)
-            restarts = int(shown.split(" Restarts=")[1].split()[0]) if " Restarts=" in shown else 0
-            found[int(number)] = (state, reason, restarts)
-        return found
-
     def states(self, job: str) -> dict[int, str]:
         """State of each element."""
         answer = self.run("squeue", "-h", "-t", "all", "-r", "-j", job, "-o", "%K|%T", check=False)
