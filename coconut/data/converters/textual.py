@@ -1,5 +1,7 @@
 """Text problems of the Coconut paper: GSM8K-Aug and ProsQA.
 
+Layouts as these places describe them; no downloaded file was compared with them yet:
+
 GSM8K-Aug  github.com/da03/Internalize_CoT_Step_by_Step, data/gsm8k/{train,valid,test}.txt, a line each:
            question||<<16-3-4=9>> <<9*2=18>> #### 18        (a test line holds written sentences instead)
            github.com/facebookresearch/coconut turns them into JSON of question, steps (the <<...>>), answer;

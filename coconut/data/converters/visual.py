@@ -1,6 +1,6 @@
 """Picture questions with written reasoning: A-OKVQA, ScienceQA, M3CoT, LLaVA-CoT-100k.
 
-Layouts as published, and where each is described:
+Layouts as these places describe them; no downloaded file was compared with them yet:
 
     A-OKVQA    github.com/allenai/aokvqa: aokvqa_v1p0_{train,val,test}.json, a list of question_id, image_id, question,
                choices, correct_choice_idx, direct_answers (10), rationales (3); images are COCO's of 2017,
