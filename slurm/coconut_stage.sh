@@ -146,6 +146,7 @@ judge() {
     note "stage $STAGE is finished"
     return 0
   fi
+  sleep 3 # at a requeue or scancel srun gets its signal first, and this script a moment later
   [ -z "$STOPPING" ] || stopped
   tail -n 30 "$LOGS"/node-*.log >&2 || true
   if [ -f "$RUN/stopped.json" ]; then
