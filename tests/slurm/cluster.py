@@ -109,14 +109,6 @@ class Cluster:
         command = 'mount --bind "$1/hosts" /etc/hosts && exec slurmd -f "$1/slurm.conf" -N "$2"'
         self._daemon("unshare", "-m", "bash", "-c", command, "_", str(self.folder), node)
 
-    def kill_node(self, node: str) -> None:
-        """The node's slurmd dies, as on a node that lost its power; its jobs' processes are killed too."""
-        slurmd = self._pid(f"slurmd.{node}.pid", "slurmd")
-        assert slurmd is not None
-        os.kill(slurmd, signal.SIGKILL)
-        for pid in self.step_processes(node):
-            os.kill(pid, signal.SIGKILL)
-
     def stop(self) -> None:
         """End all jobs, then the daemons."""
         jobs = self.run("squeue", "-h", "-o", "%A", check=False).split()
@@ -188,38 +180,6 @@ class Cluster:
 
     def logs(self) -> str:
         return "\n".join(f"== {path}\n{path.read_text()[-1500:]}" for path in sorted((self.folder / "log").iterdir()))
-
-    def step_processes(self, node: str) -> list[int]:
-        """What the node runs for jobs: its slurmstepds and all below them."""
-        children: dict[int, list[int]] = {}
-        steps = []
-        for status in Path("/proc").glob("[0-9]*/stat"):
-            try:
-                parent = int(status.read_text().rsplit(")", 1)[1].split()[1])
-                words = status.with_name("cmdline").read_bytes().split(b"\0")
-                home = status.with_name("environ").read_bytes()
-            except OSError:
-                continue
-            pid = int(status.parent.name)
-            children.setdefault(parent, []).append(pid)
-            if words[0].startswith(b"slurmstepd") and str(self.config).encode() in home + b"".join(words):
-                steps.append(pid)
-        found = []
-        for step in steps:
-            below, queue = [step], [step]
-            while queue:
-                queue = [child for pid in queue for child in children.get(pid, [])]
-                below += queue
-            if any(f"SLURMD_NODENAME={node}".encode() in _environment(pid) for pid in below):
-                found += below
-        return found
-
-
-def _environment(pid: int) -> list[bytes]:
-    try:
-        return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    except OSError:
-        return []
 
 
 def free_ports(count: int) -> int:
