@@ -7,9 +7,11 @@ Torch and DeepSpeed are imported inside the functions, so that importing this mo
 
 from __future__ import annotations
 
+import atexit
 import os
 import socket
 import sysconfig
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -24,6 +26,11 @@ T = TypeVar("T")
 
 #: What a launcher (deepspeed, torchrun, srun + torchrun) sets for each rank.
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+#: Gloo's threads drop the tensors of the last collectives after these have ended, for which they need Python's lock. One
+#: that still waits for it when the interpreter shuts down aborts the process ("terminate called without an active
+#: exception"), and a launcher takes a run that ended well for a failed one.
+GLOO_RELEASES_S = 0.5
 
 
 def init_distributed_training(force: bool = False, timeout_s: float = 1800.0) -> None:
@@ -69,6 +76,8 @@ def init_distributed_training(force: bool = False, timeout_s: float = 1800.0) ->
         verbose=False,
         timeout=timedelta(seconds=timeout_s),
     )
+    if not use_gpu:
+        atexit.register(time.sleep, GLOO_RELEASES_S)
 
 
 def prepare_native_builds() -> None:
