@@ -27,9 +27,9 @@ T = TypeVar("T")
 #: What a launcher (deepspeed, torchrun, srun + torchrun) sets for each rank.
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
-#: Gloo's threads drop the tensors of the last collectives after these have ended, for which they need Python's lock. One
-#: that still waits for it when the interpreter shuts down aborts the process ("terminate called without an active
-#: exception"), and a launcher takes a run that ended well for a failed one.
+#: Gloo's threads drop the tensors of the last collectives after these have ended, for which they need Python's lock. A
+#: thread that still waits for it when the interpreter shuts down aborts the process ("terminate called without an
+#: active exception"), and a launcher takes a run that ended well for a failed one.
 GLOO_RELEASES_S = 0.5
 
 
