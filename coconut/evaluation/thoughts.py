@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from coconut.evaluation.interventions import thought_numbers
-from coconut.model.multipass import CACHE_ARGUMENT
+from coconut.model.pass_cache import CACHE_ARGUMENT
 from coconut.types import Sample
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""The model layer: backbone -> spans -> multipass -> loss, generate -> coconut."""
+"""The model layer: backbone -> spans -> pass_cache -> multipass -> loss, generate -> coconut."""
 
 from coconut.model.coconut import CoconutOutput, MultimodalCoconut
 

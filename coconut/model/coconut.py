@@ -23,7 +23,8 @@ from coconut.model.feedback import build_feedback
 from coconut.model.generate import generation_settings, left_pad, wrap_questions
 from coconut.model.loop import LatentLoop, gathered
 from coconut.model.loss import label_loss, label_positions, n_chunks
-from coconut.model.multipass import CACHE_ARGUMENT, PassOutput, ThoughtTransform, checkpoint_layers
+from coconut.model.multipass import PassOutput, ThoughtTransform
+from coconut.model.pass_cache import CACHE_ARGUMENT, checkpoint_layers
 from coconut.model.spans import count_calls, cut_into_passes, latent_columns
 from coconut.model.tiles import black_tile, flatten_tiles, insert_images, real_tiles, tiles_a_row
 from coconut.types import ConfigError, DataError, PromptTemplate, StageSpec

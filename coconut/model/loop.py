@@ -24,7 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coconut.model.multipass import PassCache, PassOutput, ThoughtTransform, run_passes
+from coconut.model.multipass import PassOutput, ThoughtTransform, run_passes
+from coconut.model.pass_cache import PassCache
 from coconut.model.spans import Segment
 
 
@@ -56,6 +57,11 @@ class LatentLoop(nn.Module):
     def is_leaf(self) -> bool:
         """Whether ZeRO-3 treats the loop and the decoder's layers as one module."""
         return bool(getattr(self, "_z3_leaf", False))
+
+    @property
+    def _is_gathered_by_layers(self) -> bool:
+        """Whether ZeRO-3 counts the calls within each layer, which may then not be broken off in the middle."""
+        return not self.is_leaf and any(hasattr(parameter, "ds_id") for parameter in self.decoder.parameters())
 
     def run(
         self,
@@ -91,6 +97,8 @@ class LatentLoop(nn.Module):
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
         )
+        if cache is not None and not use_cache:
+            cache.end_forward(release=not self._is_gathered_by_layers)
         hidden_BLH, thoughts_BKH, *rest = tensors
         n_states = len(rest) - output_attentions * n_layers
         return PassOutput(hidden_BLH, thoughts_BKH, cache, tuple(rest[:n_states]), tuple(rest[n_states:]))

@@ -14,126 +14,21 @@ and values, D their size.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-from transformers import LlamaModel
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from coconut.model.pass_cache import CACHE_ARGUMENT, PassCache
 from coconut.model.spans import Segment
-
-#: What transformers calls keys and values among a model's arguments; the second name is that of releases before 5.24.
-CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
 
 #: Replaces a thought before it is fed back: (thought [B, 1, H], index of the latent column) -> [B, 1, H].
 ThoughtTransform = Callable[[Tensor, int], Tensor]
 
 #: Makes the embeddings that are fed back of hidden states, column by column: [B, q, H] -> [B, q, H].
 Feedback = Callable[[Tensor], Tensor]
-
-Columns = tuple[Tensor, Tensor]  # keys and values [B, kv_heads, columns, head_dim]
-
-
-class _Append(torch.autograd.Function):
-    """Write new columns behind earlier ones into memory that all passes share, and return a view of all so far.
-
-    A concatenation in each pass would copy the whole prefix each time, and the backward would hold every copy. Columns
-    are written once and never changed (a recomputation writes the same values again), so every pass may keep its view;
-    ``.data`` says so to autograd, which would take the next pass's columns for a change of this one's.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, memory: _Memory, new_BhqD: Tensor, earlier_BhpD: Tensor | None) -> Tensor:
-        ctx.start = 0 if earlier_BhpD is None else earlier_BhpD.shape[-2]
-        whole_BhLD = memory.like(new_BhqD)
-        end = ctx.start + new_BhqD.shape[-2]
-        whole_BhLD.data[..., ctx.start : end, :] = new_BhqD
-        return whole_BhLD.data[..., :end, :]
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, Tensor | None]:
-        (gradient_BhD,) = gradients
-        earlier = gradient_BhD[..., : ctx.start, :] if ctx.start else None
-        return None, gradient_BhD[..., ctx.start :, :], earlier
-
-
-class _Memory:
-    """Room for the keys, or the values, of all columns in one layer; made when the first are there."""
-
-    def __init__(self, length: int) -> None:
-        self.length = length
-        self.whole: Tensor | None = None
-
-    def like(self, columns: Tensor) -> Tensor:
-        if self.whole is None:
-            rows, heads, _, size = columns.shape
-            self.whole = columns.new_empty(rows, heads, self.length, size)
-        return self.whole
-
-
-class _PassLayer(DynamicLayer):
-    """One decoder layer's keys and values as seen from one pass.
-
-    `update` may be called twice for the same pass, since activation checkpointing runs the layer again in the backward:
-    the second call reads the same earlier columns and leaves no trace.
-
-    Args:
-        parts: all columns up to each pass's end, shared between the views of the passes.
-        memory: of keys and of values.
-        pass_index: which pass.
-        keep: False for a trial, whose columns no later pass sees.
-    """
-
-    def __init__(self, parts: list[Columns], memory: tuple[_Memory, _Memory], pass_index: int, keep: bool) -> None:
-        super().__init__()
-        self.parts, self.memory, self.pass_index, self.keep = parts, memory, pass_index, keep
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> Columns:
-        keys, values = self.parts[self.pass_index - 1] if self.pass_index else (None, None)
-        if not self.keep:
-            assert keys is not None and values is not None
-            return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
-        columns = (
-            _Append.apply(self.memory[0], key_states, keys),
-            _Append.apply(self.memory[1], value_states, values),
-        )
-        if len(self.parts) == self.pass_index:
-            self.parts.append(columns)
-        return columns
-
-    def get_seq_length(self) -> int:
-        return self.parts[self.pass_index - 1][0].shape[-2] if self.pass_index else 0
-
-
-class PassCache:
-    """Keys and values of all passes, layer by layer.
-
-    Args:
-        n_layers: of the decoder.
-        length: columns of all passes together.
-    """
-
-    def __init__(self, n_layers: int, length: int) -> None:
-        self.parts: list[list[Columns]] = [[] for _ in range(n_layers)]
-        self.memory = [(_Memory(length), _Memory(length)) for _ in range(n_layers)]
-
-    def view(self, pass_index: int, keep: bool = True) -> Cache:
-        """The cache that the decoder is given in pass `pass_index`; without `keep` its own columns are not stored."""
-        layers = zip(self.parts, self.memory, strict=True)
-        return Cache(layers=[_PassLayer(parts, memory, pass_index, keep) for parts, memory in layers])
-
-    def to_dynamic(self, config: object) -> DynamicCache:
-        """An ordinary transformers cache with the same content."""
-        cache = DynamicCache(config=config)
-        for layer, parts in enumerate(self.parts):
-            cache.update(*parts[-1], layer)
-        return cache
 
 
 @dataclass
@@ -250,25 +145,3 @@ def _join_attentions(attentions: list[tuple[Tensor, ...]], length: int) -> tuple
         return nn.functional.pad(weights_BhqK, (0, length - weights_BhqK.shape[-1]))
 
     return tuple(torch.cat([widen(w) for w in per_pass], dim=2) for per_pass in zip(*attentions, strict=True))
-
-
-class _CheckpointedLayer:
-    """Mixed into a layer's class: runs the layer under activation checkpointing.
-
-    transformers' own gradient checkpointing drops the cache with no more than a warning, which gives a wrong loss
-    here. Non-reentrant, because a reentrant checkpoint reduces a gradient more than once under ZeRO; around the whole
-    ``__call__``, so that ZeRO-3's hooks gather the layer's weights for the recomputation as well.
-    """
-
-    def __call__(self, *args: object, **kwargs: object) -> object:
-        if torch.is_grad_enabled():
-            return checkpoint(super().__call__, *args, use_reentrant=False, **kwargs)  # type: ignore[call-overload, misc]
-        return super().__call__(*args, **kwargs)  # type: ignore[misc]
-
-
-def checkpoint_layers(layers: nn.ModuleList) -> None:
-    """Make every layer of the list recompute its activations in the backward. Idempotent."""
-    for layer in layers:
-        kind = type(layer)
-        if not issubclass(kind, _CheckpointedLayer):
-            layer.__class__ = type(f"Checkpointed{kind.__name__}", (_CheckpointedLayer, kind), {})

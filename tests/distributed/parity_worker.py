@@ -15,7 +15,7 @@ from unittest import mock
 import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
-from coconut.model import MultimodalCoconut, multipass
+from coconut.model import MultimodalCoconut, pass_cache
 from coconut.model.feedback import ProjectorFeedback
 from coconut.training.engine import start_engine
 from coconut.utils.distributed import all_reduce_sum, get_rank, get_world_size, init_distributed_training
@@ -74,15 +74,15 @@ def tensors_of(rows: list[dict]) -> dict:
 @contextmanager
 def sabotage(special: set[str]):
     """Cut the gradient where public code cuts it: through the thoughts, or through the cache."""
-    update = multipass._PassLayer.update
+    update = pass_cache._PassLayer.update
 
     def detached(self, keys, values, *args, **kwargs):
-        self.parts[:] = [(k.detach(), v.detach()) for k, v in self.parts]
+        self.columns.parts[:] = [(k.detach(), v.detach()) for k, v in self.columns.parts]
         return update(self, keys, values, *args, **kwargs)
 
     with ExitStack() as faults:
         if "cut-cache" in special:
-            faults.enter_context(mock.patch.object(multipass._PassLayer, "update", detached))
+            faults.enter_context(mock.patch.object(pass_cache._PassLayer, "update", detached))
         yield {"thought_transform": lambda thought, k: thought.detach()} if "cut-thoughts" in special else {}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from coconut.model import multipass
+from coconut.model import pass_cache
 from tests.model.reference import (
     batch_rows,
     float64_everywhere,
@@ -107,7 +107,7 @@ def test_the_comparison_can_fail(fault: str, monkeypatch: pytest.MonkeyPatch) ->
     theirs = gradients(model)
     batch = batch_rows(rows)
     if fault == "cache":
-        monkeypatch.setattr(multipass._PassLayer, "update", _detached(multipass._PassLayer.update))
+        monkeypatch.setattr(pass_cache._PassLayer, "update", _detached(pass_cache._PassLayer.update))
     elif fault == "padding":
         batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
     else:
@@ -119,7 +119,7 @@ def test_the_comparison_can_fail(fault: str, monkeypatch: pytest.MonkeyPatch) ->
 
 def _detached(update):
     def detached_update(self, keys, values, *args, **kwargs):
-        self.parts[:] = [(k.detach(), v.detach()) for k, v in self.parts]
+        self.columns.parts[:] = [(k.detach(), v.detach()) for k, v in self.columns.parts]
         return update(self, keys, values, *args, **kwargs)
 
     return detached_update
