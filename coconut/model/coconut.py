@@ -20,7 +20,7 @@ from coconut.model import loading
 from coconut.model.auxiliary import AuxiliaryLoss, ThoughtContext
 from coconut.model.backbones import normalise_pixels, wrap_backbone
 from coconut.model.feedback import build_feedback
-from coconut.model.generate import generation_settings, left_pad, wrap_questions
+from coconut.model.generate import generation_settings, left_pad, think_then_decode, wrap_questions
 from coconut.model.loop import LatentLoop, gathered
 from coconut.model.loss import label_loss, label_positions, n_chunks
 from coconut.model.multipass import PassOutput, ThoughtTransform
@@ -158,7 +158,7 @@ class MultimodalCoconut(nn.Module):
         return list({id(p): p for module in modules for p in module.parameters()}.values())
 
     @property
-    def _text_weights_held(self) -> bool:
+    def text_weights_held(self) -> bool:
         """Whether the loop is a leaf, and so fits as a whole."""
         return self.loop.is_leaf and any(hasattr(parameter, "ds_id") for parameter in self.loop.parameters())
 
@@ -229,11 +229,11 @@ class MultimodalCoconut(nn.Module):
         if past_key_values is not None:
             if columns:
                 raise DataError("past_key_values cannot be given together with latent tokens in input_ids")
-            if self._text_weights_held and torch.is_grad_enabled():
+            if self.text_weights_held and torch.is_grad_enabled():
                 raise ConfigError(
                     "past_key_values are for inference; under ZeRO-3 call forward in torch.no_grad() then"
                 )
-            with gathered(self.text_parameters if self._text_weights_held else []):
+            with gathered(self.text_parameters if self.text_weights_held else []):
                 return self.base_model(
                     input_ids=input_ids,
                     attention_mask=attention_mask,
@@ -253,10 +253,10 @@ class MultimodalCoconut(nn.Module):
             # A padded position has nothing to predict, whatever its label says.
             labels = labels.masked_fill(attention_mask == 0, -100)
         chunks = n_chunks(int(label_positions(labels).sum())) if labels is not None else 1
-        visual_features, chunks, n_calls = self._before_the_loop(
+        visual_features, chunks, n_calls = self.before_the_loop(
             real_tiles(pixel_values, num_patches, image_flags), visual_features, columns, chunks
         )
-        output = self._run(
+        output = self.run_loop(
             input_ids,
             attention_mask,
             columns,
@@ -295,7 +295,7 @@ class MultimodalCoconut(nn.Module):
         )
         return result.to_tuple() if return_dict is False else result
 
-    def _before_the_loop(
+    def before_the_loop(
         self, pixel_values: Tensor | None, visual_features: Tensor | None, columns: list[int], chunks: int = 1
     ) -> tuple[Tensor | None, int, int | None]:
         """What all ranks agree on, and the pictures: visual features [P, T, H], calls of the head, of the decoder.
@@ -316,7 +316,7 @@ class MultimodalCoconut(nn.Module):
             visual_features = nothing_0TH if visual_features is None else visual_features
         return visual_features, chunks, n_calls
 
-    def _run(
+    def run_loop(
         self,
         input_ids: Tensor,
         attention_mask: Tensor,
@@ -405,51 +405,6 @@ class MultimodalCoconut(nn.Module):
         columns = latent_columns(input_ids, self.latent_token_id, mask)
         settings = generation_settings(generation_config, generate_kwargs, self.eos_token_id)
         extra = {k: v for k, v in generate_kwargs.items() if not hasattr(settings, k)}
-        was_training = self.training
-        self.eval()
-        with gathered(self.text_parameters if self._text_weights_held else []):
-            visual_features, _, n_calls = self._before_the_loop(pixel_values, visual_features, columns)
-            # One column more than the passes need, the last, which transformers' decoding takes.
-            missing = (n_calls or 1) + len(columns) + 1 - input_ids.shape[1]
-            if missing > 0:  # a short batch, where another rank has more thoughts
-                input_ids = nn.functional.pad(input_ids, (missing, 0), value=self.eos_token_id)
-                mask = nn.functional.pad(mask, (missing, 0), value=0)
-                columns = [column + missing for column in columns]
-            ids = self._decode(input_ids, mask, columns, visual_features, n_calls, thought_transform, settings, extra)
-        self.train(was_training)
-        return ids
-
-    def _decode(
-        self,
-        input_ids: Tensor,
-        mask: Tensor,
-        columns: list[int],
-        visual_features: Tensor | None,
-        n_calls: int | None,
-        thought_transform: ThoughtTransform | None,
-        settings: GenerationConfig,
-        extra: dict[str, Any],
-    ) -> Tensor:
-        """Think once, then decode through transformers from the cache."""
-        output = self._run(
-            input_ids[:, :-1],
-            mask[:, :-1],
-            columns,
-            visual_features,
-            n_calls,
-            thought_transform=thought_transform,
+        return think_then_decode(
+            self, input_ids, mask, columns, pixel_values, visual_features, thought_transform, settings, extra
         )
-        assert output.cache is not None
-        cache = output.cache.to_dynamic(self.backbone.text_config)
-        cache.batch_repeat_interleave(max(settings.num_beams or 1, settings.num_return_sequences or 1))
-        self.backbone.prepare_decoding(input_ids, mask)
-        ids = self.base_model.generate(
-            input_ids=input_ids,
-            attention_mask=mask,
-            generation_config=settings,
-            # Ranks that decode with partitioned weights must make equally many steps.
-            synced_gpus=self.lockstep and get_world_size() > 1 and not self._text_weights_held,
-            **{CACHE_ARGUMENT: cache},
-            **extra,
-        )
-        return ids[:, input_ids.shape[1] :]

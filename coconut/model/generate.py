@@ -1,4 +1,4 @@
-"""What happens before and around transformers' own decoding: prompts, padding, settings.
+"""Generation: prompts, padding, settings; the thoughts; then transformers' own decoding.
 
 Shapes: B rows, L columns.
 """
@@ -8,13 +8,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig
 
+from coconut.model.loop import gathered
+from coconut.model.pass_cache import CACHE_ARGUMENT
 from coconut.types import DataError, PromptTemplate
+from coconut.utils.distributed import get_world_size
 
 if TYPE_CHECKING:
     from coconut.model.coconut import MultimodalCoconut
+    from coconut.model.multipass import ThoughtTransform
 
 #: The documented defaults of `MultimodalCoconut.generate`.
 DEFAULTS: dict[str, Any] = {"max_new_tokens": 100, "do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 50}
@@ -102,6 +106,54 @@ def wrap_questions(
     wrapped = torch.tensor([[model.eos_token_id] * (length - len(ids)) + ids for ids in rows], device=device)
     new_mask = torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in rows], device=device)
     return wrapped, new_mask
+
+
+def think_then_decode(
+    model: MultimodalCoconut,
+    input_ids: Tensor,
+    mask: Tensor,
+    columns: list[int],
+    pixel_values: Tensor | None,
+    visual_features: Tensor | None,
+    thought_transform: ThoughtTransform | None,
+    settings: GenerationConfig,
+    extra: dict[str, Any],
+) -> Tensor:
+    """New token ids [B, T]: the latents once, then transformers' own decoding from the cache.
+
+    Args:
+        input_ids, mask: [B, L], padded on the left.
+        columns: those that hold a latent in some row.
+        extra: transformers' further arguments of `generate`, such as a streamer.
+    """
+    was_training = model.training
+    model.eval()
+    with gathered(model.text_parameters if model.text_weights_held else []):
+        visual_features, _, n_calls = model.before_the_loop(pixel_values, visual_features, columns)
+        # One column more than the passes need, the last, which transformers' decoding takes.
+        missing = (n_calls or 1) + len(columns) + 1 - input_ids.shape[1]
+        if missing > 0:  # a short batch, where another rank has more thoughts
+            input_ids = nn.functional.pad(input_ids, (missing, 0), value=model.eos_token_id)
+            mask = nn.functional.pad(mask, (missing, 0), value=0)
+            columns = [column + missing for column in columns]
+        output = model.run_loop(
+            input_ids[:, :-1], mask[:, :-1], columns, visual_features, n_calls, thought_transform=thought_transform
+        )
+        assert output.cache is not None
+        cache = output.cache.to_dynamic(model.backbone.text_config)
+        cache.batch_repeat_interleave(max(settings.num_beams or 1, settings.num_return_sequences or 1))
+        model.backbone.prepare_decoding(input_ids, mask)
+        ids: Tensor = model.base_model.generate(
+            input_ids=input_ids,
+            attention_mask=mask,
+            generation_config=settings,
+            # Ranks that decode with partitioned weights must make equally many steps.
+            synced_gpus=model.lockstep and get_world_size() > 1 and not model.text_weights_held,
+            **{CACHE_ARGUMENT: cache},
+            **extra,
+        )
+    model.train(was_training)
+    return ids[:, input_ids.shape[1] :]
 
 
 def _has_prefix(input_ids: Tensor, mask: Tensor, template: PromptTemplate) -> bool:

@@ -76,10 +76,13 @@ def test_greedy_equals_the_naive_loop(model: MultimodalCoconut, seed: int) -> No
     assert [until_eos(row) for row in said] == [naive_greedy(model, row) for row in rows]
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen2"])
-def test_text_backbones(kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "window"),
+    [("gpt2", None), ("llama", None), ("qwen2", None), ("qwen3", None), ("mistral", None), ("mistral", 6)],
+)
+def test_text_backbones(kind: str, window: int | None) -> None:
     torch.manual_seed(4)
-    text = wrap(tiny_text(kind)).eval()
+    text = wrap(tiny_text(kind, sliding_window=window)).eval()
     rows = prompts(5, images=False)
     batch = batch_rows(rows, dtype=torch.float32)
     said = text.generate(
