@@ -6,8 +6,9 @@
     python benchmarks/latent_step.py --held-against-k 0 2 6 12          # memory only, ours for several K
 
 The same random weights and tokens on every side; all figures of a run come from that run; each ratio is ours divided by
-the other's. Time is the fastest of several interleaved runs (the median is printed too); memory is each side's peak
-over forward and backward in a fresh process. `sides.py` says what each side is.
+the other's. Time is the fastest of several interleaved runs (the median is printed too), processor time where one
+thread of a CPU computes; memory is each side's peak over forward and backward in a fresh process; gathered bytes are
+those of `gathered.py`, which has a model of its own. `sides.py` says what each side is.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ sys.path.insert(0, str(ROOT))  # so that the script runs from a clone that is no
 
 import torch
 
+from benchmarks.gathered import measure_gathered
 from benchmarks.measure import measure_memory, time_interleaved
 from benchmarks.shapes import Shape, add_shape_arguments, describe, shape_from, text_config
 from benchmarks.sides import ABLATION, Step, build_step
@@ -142,6 +144,7 @@ def main() -> None:
     add("--no-ablation", dest="ablation", action="store_false", help="leave out what takes the original apart")
     add("--no-time", dest="time", action="store_false", help="measure memory only")
     add("--no-memory", dest="memory", action="store_false", help="measure time only")
+    add("--no-gathered", dest="gathered", action="store_false", help="leave out what ZeRO-3 gathers on two ranks")
     add("--held-against-k", type=int, nargs="+", metavar="K", help="only: held memory with checkpointing for these K")
     add("--json", type=Path, help="write everything there")
     options = parser.parse_args()
@@ -156,6 +159,8 @@ def main() -> None:
         times = measure_times(shape, options) if options.time else {}
         print_table(times, memory)
         result |= ratios(times, memory)
+        if options.gathered and options.device == "cpu":
+            result |= {"gathered_vs_k0": measure_gathered()["gathered_vs_k0"]}
         result |= {"floor_vs_single_pass": floor_ratio(shape), "times": times, "memory": memory}
         if options.ablation and options.repeats_original:
             result["gain_split"] = gain_split(times, memory)
