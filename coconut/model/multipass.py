@@ -8,8 +8,7 @@
 Gradients flow through the thoughts and through the keys and values (arXiv 2412.06769, section 3). No value is ever
 overwritten, and no loop runs over rows or tokens.
 
-Shapes: B rows, L columns, H hidden size, K latent columns, q columns of one pass, p columns before it, h heads of keys
-and values, D their size.
+Shapes: B rows, L columns, H hidden size, K latent columns, q columns of one pass.
 """
 
 from __future__ import annotations
