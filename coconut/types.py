@@ -133,6 +133,8 @@ class StageSpec:
     c_thought: int  # thoughts a removed step
     pad_latent_to_max: bool = False  # shorter samples get n_latents too
     markers: bool = True  # whether the span is marked by start and end tokens
+    n_skip_tokens: int = 0  # leading tokens of the written steps that are removed (icot)
+    method: str = ""  # as in the configuration
 
 
 @dataclass

@@ -5,6 +5,7 @@
     OUT/model/            the tiny model that every run starts from
     OUT/coconut/          Coconut's run folder; stage_0 is the CoT model, final the one that thinks in latent space
     OUT/no_cot_lr.../     answers without reasoning
+    OUT/METHOD/           further methods, where --methods asks for them (docs/methods.md)
     OUT/eval/             one folder an evaluation
     OUT/report/           the page and its figures
     OUT/demo_times.json   wall time of each part
@@ -43,6 +44,18 @@ QUICK = (
 )
 
 
+#: Further methods of docs/methods.md, and what each needs beside its name. A step of the maze has four tokens.
+OTHER_METHODS: dict[str, tuple[str, ...]] = {
+    "icot": ("icot_tokens=4",),
+    "pause": (),
+    "pause_as_thought": (),
+    "pause_multipass": (),
+    "no_curriculum": (),
+    "no_thought": (),
+}
+SINGLE_STAGE = ("pause", "no_curriculum")
+
+
 class PartError(Exception):
     """A command of the demo ended with an error; its own message is on the screen or in a log file."""
 
@@ -55,12 +68,20 @@ class Demo:
         seed: of the model's first weights, the order of the data and the stage mixing.
         quick: train and evaluate a little of everything, to see that it runs.
         no_cot_rates: learning rates tried without reasoning; the run that does best on validation data is evaluated.
+        methods: further ones to train, as the configuration spells them.
         n_gpus: GPUs of this machine; 0 trains on CPUs.
         ranks: of each training.
     """
 
     def __init__(
-        self, out: Path, seed: int, quick: bool, no_cot_rates: Sequence[float], n_gpus: int, ranks: int
+        self,
+        out: Path,
+        seed: int,
+        quick: bool,
+        no_cot_rates: Sequence[float],
+        methods: Sequence[str],
+        n_gpus: int,
+        ranks: int,
     ) -> None:
         self.out = out
         self.seed = seed
@@ -69,6 +90,7 @@ class Demo:
         self.ranks = ranks
         self.coconut = out / "coconut"
         self.no_cot = {rate: out / f"no_cot_lr{rate:g}" for rate in no_cot_rates}
+        self.others = {method: out / method for method in methods}
         self.times_file = out / "demo_times.json"
 
     def claim_folder(self) -> None:
@@ -96,6 +118,14 @@ class Demo:
             # As many epochs as Coconut took in all its stages are as many samples and optimizer steps.
             self._train(run, f"training, no-CoT, {rate:g}", [*settings, f"num_epochs={epochs}", f"max_steps={steps}"])
 
+    def train_others(self) -> None:
+        steps, epochs = spent(self.coconut / "metrics.jsonl")
+        for method, run in self.others.items():
+            settings = [f"method={method}", *OTHER_METHODS[method]]
+            if method in SINGLE_STAGE:  # as long as Coconut's stages together
+                settings += ["uniform_prob=0", "advance_at=null", f"num_epochs={epochs}", f"max_steps={steps}"]
+            self._train(run, f"training, {method}", settings)
+
     def evaluate(self) -> dict[str, Path]:
         """Test data as it is, with images shuffled, with noise for thoughts; and test_paths, whose paths are new.
 
@@ -105,6 +135,8 @@ class Demo:
         best = max(self.no_cot.values(), key=lambda run: validated(run / "metrics.jsonl"))
         checkpoints = {"CoT": self.coconut / "stage_0", "no-CoT": best / "final", "Coconut": self.coconut / "final"}
         names = {"CoT": "cot", "no-CoT": best.name, "Coconut": "coconut"}
+        for method, run in self.others.items():
+            checkpoints[method], names[method] = run / "final", method
         folders = {method: self.out / "eval" / name for method, name in names.items()}
         todo = [method for method, folder in folders.items() if not is_newer(folder / "done", checkpoints[method])]
         if todo:
@@ -119,6 +151,7 @@ class Demo:
         several = len(self.no_cot) > 1
         runs = {"Coconut": self.coconut}
         runs |= {f"no-CoT, {rate:g}" if several else "no-CoT": run for rate, run in self.no_cot.items()}
+        runs |= self.others
         with self._timed("report"):
             self._run(
                 *("launch/report.py", "--out", page.parent, "--times", self.times_file),
@@ -238,19 +271,23 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--no-cot-lr", type=float, nargs="+", default=[1e-3], metavar="RATE", help=rates)
     processes = f"processes that train together (default: one a GPU, or {CPU_RANKS} on CPUs)"
     parser.add_argument("--ranks", type=int, help=processes)
+    also = "further methods to train beside Coconut, CoT and no-CoT (docs/methods.md); all of them, if none is named"
+    parser.add_argument("--methods", nargs="*", choices=sorted(OTHER_METHODS), metavar="METHOD", default=(), help=also)
     parser.add_argument("--setup-seconds", type=float, default=0.0, help=argparse.SUPPRESS)  # demo.sh measures it
     arguments = parser.parse_args(argv)
     default = ROOT / "runs" / ("demo_quick" if arguments.quick else "demo") / f"seed_{arguments.seed}"
     out = (arguments.out or default).resolve()
     n_gpus = count_gpus()
     ranks = arguments.ranks or n_gpus or CPU_RANKS
-    demo = Demo(out, arguments.seed, arguments.quick, arguments.no_cot_lr, n_gpus, ranks)
+    methods = list(OTHER_METHODS) if arguments.methods == [] else arguments.methods
+    demo = Demo(out, arguments.seed, arguments.quick, arguments.no_cot_lr, methods, n_gpus, ranks)
     try:
         demo.claim_folder()
         demo.add_time("set-up", arguments.setup_seconds)
         demo.make_data()
         demo.train_coconut()
         demo.train_no_cot()
+        demo.train_others()
         page = demo.report(demo.evaluate())
     except PartError as error:
         print(f"\ndemo stopped: {error}. Mend it and start again: what is done is kept.", file=sys.stderr)

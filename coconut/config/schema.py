@@ -91,9 +91,27 @@ class Schema(BaseModel):
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward: memory for time")
 
     # -- curriculum --
-    method: Literal["coconut", "cot", "no_cot"] = Field(
+    method: Literal[
         "coconut",
-        description="coconut: stages of latent thoughts; cot: written steps only; no_cot: the answer at once",
+        "cot",
+        "no_cot",
+        "icot",
+        "pause",
+        "pause_as_thought",
+        "pause_multipass",
+        "no_curriculum",
+        "no_thought",
+    ] = Field(
+        "coconut",
+        description="coconut: stages of latent thoughts; cot: written steps only; no_cot: the answer at once; icot: "
+        "stages that drop the steps' leading tokens; the others are ablations (docs/methods.md)",
+    )
+    icot_tokens: Int = Field(8, ge=1, description="tokens of the written steps that each stage of icot drops")
+    icot_smoothing: Float | None = Field(
+        4.0, gt=0, description="icot drops o tokens more with probability ~ exp(-icot_smoothing * o); null = never"
+    )
+    start_stage: Int = Field(
+        0, ge=0, description="first stage that is trained; 1 where load_model_path holds a model that writes its steps"
     )
     c_thought: Int = Field(2, ge=1, le=64, description="latent thoughts that replace one written step")
     max_latent_stage: Int = Field(4, ge=0, le=1000, description="last stage K; stage k replaces the first k steps")

@@ -4,6 +4,7 @@
 
     coconut  prompt  start latent*n end  step[k] step[k+1] ...  answer eos
     cot      prompt                      step[0] step[1]   ...  answer eos
+    icot     prompt           (the chain from its n-th token on)  answer eos
     no_cot   prompt                                             answer eos
     labels   ------------ ignored ----- |------------ asked ------------|
 
@@ -13,6 +14,7 @@ Everything here is pure: the same arguments give the same ids on every rank, wor
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 from typing import Any
@@ -32,7 +34,9 @@ from coconut.types import (
 # a tokenizer that ran threads before data workers are forked warns in each of them.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-METHODS = ("coconut", "cot", "no_cot")
+#: Methods whose stages take the written steps away one after the other; the others have a single stage.
+STAGED_METHODS = ("coconut", "icot", "pause_as_thought", "pause_multipass", "no_thought")
+METHODS = (*STAGED_METHODS, "cot", "no_cot", "pause", "no_curriculum")
 #: Spellings of open, context and close: InternVL's, Qwen-VL's. InternVL's tokenizers know both, so the order counts.
 IMAGE_TOKENS = (("<img>", "<IMG_CONTEXT>", "</img>"), ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>"))
 
@@ -129,24 +133,43 @@ def stage_spec(
     c_thought: int = 2,
     max_latent_stage: int = 4,
     pad_latent_to_max: bool = False,
+    icot_tokens: int = 8,
 ) -> StageSpec:
-    """What stage ``stage`` does to a text.
+    """What stage ``stage`` does to a text, by method (arXiv 2412.06769, table 1).
 
-    Stage k <= max_latent_stage replaces the first k steps; a later stage drops all steps, however many.
-    ``cot`` keeps every step and ``no_cot`` none, both without latents or markers, at every stage.
+    coconut           stage k <= max_latent_stage replaces the first k steps by thoughts; a later stage drops all steps
+    no_curriculum     the last of these stages from the start
+    no_thought        the same stages, nothing in the steps' place
+    pause_as_thought  the same stages; the latent tokens are ordinary ones (pauses), read in one pass
+    pause_multipass   the same, read in as many passes as thoughts would take
+    pause             pauses in the place of all steps, from the start
+    icot              stage k drops the first k * icot_tokens tokens of the steps, the last stage all (arXiv 2405.14838)
+    cot, no_cot       every step; none
+
+    Markers stand where latent tokens may: not with cot, no_cot, no_thought and icot. That pauses are no thoughts is the
+    model's affair (`MultimodalCoconut.set_latent_feedback`), not the text's.
     """
     if method not in METHODS:
         raise DataError(f"method is {method!r}; choose one of {', '.join(METHODS)}")
     if stage < 0:
         raise DataError(f"stage is {stage}; the first one is 0")
-    if method != "coconut":
-        return StageSpec(stage, 0 if method == "cot" else None, n_latents=0, c_thought=c_thought, markers=False)
+    step_by_step = stage if stage <= max_latent_stage else None
+    n_skip_steps = {"cot": 0, "no_cot": None, "pause": None, "no_curriculum": None}.get(method, step_by_step)
+    n_latents = c_thought * (min(stage, max_latent_stage) if method in STAGED_METHODS else max_latent_stage)
+    n_skip_tokens = 0
+    if method == "icot":
+        n_skip_steps = 0 if stage < max_latent_stage else None
+        n_skip_tokens = icot_tokens * stage
+    has_latents = method not in ("cot", "no_cot", "no_thought", "icot")
     return StageSpec(
         stage=stage,
-        n_skip_steps=stage if stage <= max_latent_stage else None,
-        n_latents=c_thought * min(stage, max_latent_stage),
+        n_skip_steps=n_skip_steps,
+        n_latents=n_latents if has_latents else 0,
         c_thought=c_thought,
-        pad_latent_to_max=pad_latent_to_max,
+        pad_latent_to_max=pad_latent_to_max and has_latents,
+        markers=has_latents,
+        n_skip_tokens=n_skip_tokens,
+        method=method,
     )
 
 
@@ -169,7 +192,8 @@ def stage_text(text: EncodedText, spec: StageSpec, ids: tuple[int, int, int]) ->
         n_latents = min(n_latents, spec.c_thought * len(text.steps))
     span = (start_id, *([latent_id] * n_latents), end_id) if spec.markers else (latent_id,) * n_latents
     n_skip = len(text.steps) if spec.n_skip_steps is None else spec.n_skip_steps
-    target = tuple(token for step in text.steps[n_skip:] for token in step) + text.answer
+    chain = tuple(token for step in text.steps[n_skip:] for token in step)
+    target = chain[spec.n_skip_tokens :] + text.answer
     prompt_length = len(text.prompt) + len(span)
     return StagedText(
         input_ids=(*text.prompt, *span, *target),
@@ -193,6 +217,18 @@ def mixed_stage(
     if int.from_bytes(digest[:8], "big") / 2**64 >= uniform_prob:
         return stage
     return int.from_bytes(digest[8:16], "big") % (min(max_latent_stage, n_steps) + 1)
+
+
+def smoothed_removal(key: str, *, rate: float | None, seed: int, epoch: int) -> int:
+    """Tokens that icot removes beyond a stage's own: o with probability in proportion to exp(-rate * o).
+
+    Removal smoothing (arXiv 2405.14838, section 3.2): the model meets the next removals before their time. None
+    removes no more. A function of (seed, epoch, key) alone, as `mixed_stage`.
+    """
+    if rate is None:
+        return 0
+    digest = hashlib.sha256(f"removal-smoothing\0{seed}\0{epoch}\0{key}".encode()).digest()
+    return int(-math.log((int.from_bytes(digest[:8], "big") + 1) / 2**64) / rate)
 
 
 def _ids(tokenizer: Any, text: str) -> tuple[int, ...]:

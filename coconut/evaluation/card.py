@@ -68,6 +68,8 @@ def _what(spec: StageSpec, has_images: bool) -> str:
     kind = "A vision-language model" if has_images else "A language model"
     if not spec.n_latents:
         return f"{kind} trained with Multimodal CoCoNuT, without latent thoughts (stage {spec.stage})."
+    if spec.method.startswith("pause"):
+        return f"{kind} trained with Multimodal CoCoNuT to answer after {spec.n_latents} pause tokens, for comparison."
     steps = "all written steps" if spec.n_skip_steps is None else f"the first {spec.n_skip_steps} written steps"
     return (
         f"{kind} that reasons in continuous latent space ([arXiv 2412.06769](https://arxiv.org/abs/2412.06769)): at "

@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from coconut.data.stage_text import STAGED_METHODS
 from coconut.evaluation.result import PREDICTIONS_FILE, SUMMARY_FILE
 from coconut.types import DataError
 
@@ -24,7 +25,17 @@ METRICS_FILE = "metrics.jsonl"
 CONFIG_FILE = "config.yaml"
 #: A file with "floors" beside the data is small; anything larger is data.
 _MAX_FACTS_BYTES = 1_000_000
-_METHOD_NAMES = {"coconut": "Coconut", "cot": "CoT", "no_cot": "no-CoT"}
+_METHOD_NAMES = {
+    "coconut": "Coconut",
+    "cot": "CoT",
+    "no_cot": "no-CoT",
+    "icot": "iCoT",
+    "pause": "pause",
+    "pause_as_thought": "pause as thought",
+    "pause_multipass": "pause in passes",
+    "no_curriculum": "no curriculum",
+    "no_thought": "no thought",
+}
 
 
 @dataclass(frozen=True)
@@ -155,6 +166,8 @@ def read_evaluation(folder: Path, name: str | None = None) -> Evaluation:
 
 def method_name(spec: dict[str, Any]) -> str:
     """The usual name of what a stage asks for: written steps, none, or thoughts."""
+    if spec.get("method") in _METHOD_NAMES and (spec["stage"] or spec["method"] not in STAGED_METHODS):
+        return _METHOD_NAMES[spec["method"]]
     if spec["n_latents"]:
         return _METHOD_NAMES["coconut"]
     return _METHOD_NAMES["no_cot" if spec["n_skip_steps"] is None else "cot"]

@@ -94,7 +94,7 @@ def evaluate(
             batch = collator.collate_prompts(features)
             texts_ids = _generate(model, batch, options)
             seconds = time.perf_counter() - started
-            found = _score(asked, texts_ids, batch, tokenizer, model.eos_token_id, options.metric)
+            found = _score(asked, texts_ids, batch, tokenizer, model, options.metric)
         if number is not None:
             mine[number] = (found, seconds)
             if progress is not None:
@@ -173,11 +173,12 @@ def _generate(model: MultimodalCoconut, batch: Batch, options: EvaluationOptions
 
 
 def _score(
-    asked: list[_Asked], texts_ids: list[list[int]], batch: Batch, tokenizer: Any, eos_token_id: int, metric: str
+    asked: list[_Asked], texts_ids: list[list[int]], batch: Batch, tokenizer: Any, model: MultimodalCoconut, metric: str
 ) -> list[Prediction]:
     predictions = []
     row = 0  # of the batch; samples that could not be read have none
     lengths = batch.tensors["attention_mask"].sum(1).tolist()
+    eos_token_id = model.eos_token_id
     for item in asked:
         if item.features is None or item.sample is None:
             predictions.append(_failure(item))
@@ -205,7 +206,7 @@ def _score(
                 full_match=prediction == target,
                 n_generated=n_generated,
                 n_latents=n_latents,
-                passes=n_latents + n_generated,
+                passes=model.calls_of_thoughts(n_latents) + n_generated,
                 n_prompt_tokens=lengths[row],
                 n_patches=item.features["num_patches"],
                 images_from=item.images_from,
@@ -271,7 +272,7 @@ def _choose(
                 full_match=points == 1.0,
                 n_generated=0,
                 n_latents=item.features["n_latents"],
-                passes=item.features["n_latents"] + 1,
+                passes=model.calls_of_thoughts(item.features["n_latents"]) + 1,
                 n_prompt_tokens=prompts.prompt_lengths[row],
                 n_patches=item.features["num_patches"],
                 images_from=item.images_from,

@@ -133,8 +133,8 @@ class Report:
 
 def _bar(evaluations: Sequence[Evaluation], label: str, series: int) -> figures.Bar:
     low, high = interval_of(evaluations)
-    latents, tokens = mean_of(evaluations, "mean_latents"), mean_of(evaluations, "mean_generated_tokens")
-    return figures.Bar(label, mean_of(evaluations, "accuracy"), low, high, series, latents, tokens)
+    passes, tokens = mean_of(evaluations, "mean_forward_passes"), mean_of(evaluations, "mean_generated_tokens")
+    return figures.Bar(label, mean_of(evaluations, "accuracy"), low, high, series, passes - tokens, tokens)
 
 
 def _curve(run: Run) -> figures.Curve:

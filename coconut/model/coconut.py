@@ -122,13 +122,13 @@ class MultimodalCoconut(nn.Module):
         loading.save_model(self, Path(path), state_dict)
 
     def set_latent_feedback(self, name: str, embedding_norm: float | None = None) -> None:
-        """Choose what is fed back as a thought: hidden (the paper), normed or projector (see `coconut.model.feedback`).
+        """Choose what is fed back as a thought: hidden (the paper), normed, projector, none (`coconut.model.feedback`).
 
         Args:
-            name: one of the three.
+            name: one of these.
             embedding_norm: what normed thoughts are scaled to; by default the mean norm of the embedding table's rows.
         """
-        if name != "hidden" and embedding_norm is None:
+        if name in ("normed", "projector") and embedding_norm is None:
             weight = self.base_model.get_input_embeddings().weight
             with gathered([weight]), torch.no_grad():
                 embedding_norm = float(weight.float().norm(dim=1).mean())
@@ -139,11 +139,23 @@ class MultimodalCoconut(nn.Module):
     def set_latent_passes(self, iterations: int | None) -> None:
         """None computes thoughts one after the other (the paper); a number, all together so many times (Jacobi).
 
-        With as many iterations as a span has thoughts both are equal (arXiv 2506.18582).
+        With as many iterations as a span has thoughts both are equal (arXiv 2506.18582). Zero reads the latent tokens
+        with their own embeddings, in the pass of the tokens around them; that goes with latent_feedback none only.
         """
-        if iterations is not None and iterations < 1:
+        if iterations is not None and iterations < 0:
             raise ConfigError(f"jacobi_iterations is {iterations}; it must be at least 1")
+        if iterations == 0 and self.latent_feedback != "none":
+            raise ConfigError(f"latent_feedback {self.latent_feedback} needs passes to be computed in; choose none")
         self.loop.iterations = iterations
+
+    def calls_of_thoughts(self, n_latents: int) -> int:
+        """Sequential calls of the decoder that a span of so many latents takes before the text after it is read."""
+        return n_latents if self.loop.iterations is None else min(n_latents, self.loop.iterations)
+
+    def thought_columns(self, input_ids: Tensor, attention_mask: Tensor) -> list[int]:
+        """The columns that hold a latent to be computed in some row."""
+        columns = latent_columns(input_ids, self.latent_token_id, attention_mask)
+        return [] if self.loop.iterations == 0 else columns
 
     def add_auxiliary_loss(self, name: str, loss: AuxiliaryLoss, weight: float) -> None:
         """Add `weight` times a loss on the thoughts to the training loss (see `coconut.model.auxiliary`)."""
@@ -225,7 +237,7 @@ class MultimodalCoconut(nn.Module):
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        columns = latent_columns(input_ids, self.latent_token_id, attention_mask)
+        columns = self.thought_columns(input_ids, attention_mask)
         if past_key_values is not None:
             if columns:
                 raise DataError("past_key_values cannot be given together with latent tokens in input_ids")
@@ -346,7 +358,7 @@ class MultimodalCoconut(nn.Module):
             attention_mask,
             position_ids,
             cut_into_passes(columns, input_ids.shape[1], n_calls, self.loop.iterations),
-            input_ids == self.latent_token_id,
+            (input_ids == self.latent_token_id) & (self.latent_feedback != "none"),
             use_cache=use_cache,
             thought_transform=thought_transform,
             output_hidden_states=output_hidden_states,
@@ -402,7 +414,7 @@ class MultimodalCoconut(nn.Module):
         input_ids, mask = left_pad(input_ids, mask)
         if bool((input_ids[:, -1] == self.latent_token_id).any()):
             raise DataError("a prompt ends with a latent token; end the span with <|end-latent|>")
-        columns = latent_columns(input_ids, self.latent_token_id, mask)
+        columns = self.thought_columns(input_ids, mask)
         settings = generation_settings(generation_config, generate_kwargs, self.eos_token_id)
         extra = {k: v for k, v in generate_kwargs.items() if not hasattr(settings, k)}
         return think_then_decode(

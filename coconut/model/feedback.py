@@ -3,6 +3,7 @@
     hidden      the hidden state itself (arXiv 2412.06769): the default, and what the paper's results are for
     normed      the hidden state at the length of an ordinary embedding
     projector   the hidden state through a small residual network that is trained along
+    none        nothing: the latent token keeps its own embedding, a pause (arXiv 2310.02226); for comparison
 
 After its final norm a hidden state of a large model may be far longer than any embedding it was trained on, and people
 who trained the original on models beyond GPT-2 report collapse; `normed` takes that away without a parameter,
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from coconut.types import ConfigError
 
-FeedbackName = Literal["hidden", "normed", "projector"]
+FeedbackName = Literal["hidden", "normed", "projector", "none"]
 
 
 class NormedFeedback(nn.Module):
@@ -64,12 +65,12 @@ class ProjectorFeedback(nn.Module):
 
 
 def build_feedback(name: str, embedding_norm: float, hidden_size: int) -> nn.Module | None:
-    """The module of a name of `latent_feedback`; None feeds the hidden state back as it is.
+    """The module of a name of `latent_feedback`; None where there is nothing to compute.
 
     Raises:
         ConfigError: no such name.
     """
-    if name == "hidden":
+    if name in ("hidden", "none"):
         return None
     if name == "normed":
         return NormedFeedback(embedding_norm)

@@ -82,9 +82,16 @@ def load_model(cls: type[MultimodalCoconut], model_id: str | Path, config: Any =
 
 def _configure(model: MultimodalCoconut, config: Any) -> None:
     """What the run asks for wins over what the checkpoint was trained with, so that training may go on differently."""
-    if config.latent_feedback != model.latent_feedback:
-        model.set_latent_feedback(config.latent_feedback)
-    model.set_latent_passes(config.jacobi_iterations if config.latent_passes == "jacobi" else None)
+    feedback = "none" if config.method.startswith("pause") else config.latent_feedback
+    iterations = config.jacobi_iterations if config.latent_passes == "jacobi" else None
+    if config.method in ("pause", "pause_as_thought"):
+        iterations = 0
+    elif config.method == "pause_multipass":
+        iterations = None
+    if feedback != model.latent_feedback:
+        model.set_latent_passes(None)
+        model.set_latent_feedback(feedback)
+    model.set_latent_passes(iterations)
     for path, weight in config.auxiliary_losses.items():
         model.add_auxiliary_loss(path, load_auxiliary_loss(path), weight)
 

@@ -149,5 +149,5 @@ class TrainingInputs:
 
     def _mixed(self, features: dict[str, Any], *, stage: int, epoch: int) -> dict[str, Any]:
         text = features["text"]
-        drawn = self.stages.stage_of_sample(text.key, len(text.steps), stage, seed=self.config.seed, epoch=epoch)
-        return self._at(features, stage=drawn)
+        spec = self.stages.spec_of_sample(text.key, len(text.steps), stage, seed=self.config.seed, epoch=epoch)
+        return self.encoder.with_stage(features, spec, self.latent_ids)

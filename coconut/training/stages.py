@@ -10,13 +10,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from torch.utils.data import Dataset, IterableDataset
 
-from coconut.data.stage_text import mixed_stage, stage_spec
+from coconut.data.stage_text import STAGED_METHODS, mixed_stage, smoothed_removal, stage_spec
 from coconut.types import ConfigError, StageSpec
 from coconut.utils.tokenizer import special_token_ids
 
@@ -40,11 +40,13 @@ class StageManager:
         max_latent_stage: K, the last stage that removes one more written step.
         epochs_per_stage: epochs of each stage.
         c_thought: thoughts a removed step.
-        method: ``coconut``, ``cot`` or ``no_cot``; the last two have a single stage.
+        method: see `coconut.data.stage_text.stage_spec`; those not in STAGED_METHODS have a single stage.
         pad_latent_to_max: samples with fewer steps get as many thoughts as the others.
         learning_rate, warmup_steps, uniform_prob, advance_at: defaults of every stage.
         num_epochs: epochs of the whole run; those beyond stage K's are trained with all written steps removed.
         overrides: settings of single stages, by stage.
+        start_stage: the first stage that is trained.
+        icot_tokens, icot_smoothing: of the method icot.
     """
 
     def __init__(
@@ -61,6 +63,9 @@ class StageManager:
         advance_at: float | None = None,
         num_epochs: int | None = None,
         overrides: Mapping[int, Mapping[str, Any]] | None = None,
+        start_stage: int = 0,
+        icot_tokens: int = 8,
+        icot_smoothing: float | None = 4.0,
     ) -> None:
         for name, value, least in (
             ("max_latent_stage", max_latent_stage, 0),
@@ -69,6 +74,10 @@ class StageManager:
         ):
             if value < least:
                 raise ConfigError(f"{name} is {value}; it must be at least {least}")
+        self.is_staged = method in STAGED_METHODS
+        if not 0 <= start_stage <= (max_latent_stage if self.is_staged else 0):
+            last = f"max_latent_stage, {max_latent_stage}" if self.is_staged else f"0, as {method} has a single stage"
+            raise ConfigError(f"start_stage is {start_stage}; it must be from 0 to {last}")
         self.max_latent_stage = max_latent_stage
         self.epochs_per_stage = epochs_per_stage
         self.c_thought = c_thought
@@ -80,6 +89,9 @@ class StageManager:
         self.advance_at = advance_at
         self.num_epochs = num_epochs
         self.overrides = dict(overrides or {})
+        self.start_stage = start_stage
+        self.icot_tokens = icot_tokens
+        self.icot_smoothing = icot_smoothing
 
     @classmethod
     def from_config(cls, config: Any) -> StageManager:
@@ -101,14 +113,17 @@ class StageManager:
             advance_at=config.advance_at,
             num_epochs=config.num_epochs,
             overrides=overrides,
+            start_stage=config.start_stage,
+            icot_tokens=config.icot_tokens,
+            icot_smoothing=config.icot_smoothing,
         )
 
     @property
     def stages(self) -> list[int]:
         """The stages of this run, in order."""
-        if self.method != "coconut":
+        if not self.is_staged:
             return [0]
-        trained = list(range(self.max_latent_stage + 1))
+        trained = list(range(self.start_stage, self.max_latent_stage + 1))
         if self.num_epochs is not None:
             planned = sum(self.settings(stage).epochs for stage in trained)
             if self.num_epochs > planned:
@@ -119,17 +134,19 @@ class StageManager:
         """Stage of an epoch (counted from 0): 0 is written reasoning; capped at ``max_latent_stage``."""
         if epoch < 0:
             raise ValueError(f"epoch is {epoch}; epochs count from 0")
-        if self.method != "coconut":
+        if not self.is_staged:
             return 0
-        return min(epoch // self.epochs_per_stage, self.max_latent_stage)
+        return min(self.start_stage + epoch // self.epochs_per_stage, self.max_latent_stage)
 
     def settings(self, stage: int) -> StageSettings:
         """Training settings of a stage: the run's defaults, then those of ``stages:`` in the configuration."""
         epochs = self.epochs_per_stage
-        if self.method != "coconut" and self.num_epochs is not None:
+        if not self.is_staged and self.num_epochs is not None:
             epochs = self.num_epochs
         elif stage > self.max_latent_stage and self.num_epochs is not None:
-            epochs = self.num_epochs - sum(self.settings(s).epochs for s in range(self.max_latent_stage + 1))
+            epochs = self.num_epochs - sum(
+                self.settings(s).epochs for s in range(self.start_stage, self.max_latent_stage + 1)
+            )
         values: dict[str, Any] = {
             "epochs": epochs,
             "learning_rate": self.learning_rate,
@@ -137,7 +154,7 @@ class StageManager:
             "uniform_prob": self.uniform_prob,
             "advance_at": self.advance_at,
         }
-        if self.method == "coconut":
+        if self.is_staged:
             own = dict(self.overrides.get(min(stage, self.max_latent_stage), {}))
             if stage > self.max_latent_stage:  # trained as stage K is, for the epochs that are left
                 own.pop("epochs", None)
@@ -152,6 +169,7 @@ class StageManager:
             c_thought=self.c_thought,
             max_latent_stage=self.max_latent_stage,
             pad_latent_to_max=self.pad_latent_to_max,
+            icot_tokens=self.icot_tokens,
         )
 
     def get_stage_config(self, stage: int) -> dict[str, Any]:
@@ -177,17 +195,22 @@ class StageManager:
         is_map = hasattr(dataset, "__getitem__") and not isinstance(dataset, IterableDataset)
         return _MapView(dataset, to_stage) if is_map else _IterableView(dataset, to_stage)
 
-    def stage_of_sample(self, key: str, n_steps: int, stage: int, *, seed: int, epoch: int) -> int:
-        """The stage at which one sample is trained when samples of other stages are mixed in."""
-        return mixed_stage(
+    def spec_of_sample(self, key: str, n_steps: int, stage: int, *, seed: int, epoch: int) -> StageSpec:
+        """How one sample is trained: stages are mixed (`uniform_prob`), and icot's removals smoothed."""
+        drawn = mixed_stage(
             key,
             stage=stage,
-            uniform_prob=self.settings(stage).uniform_prob if self.method == "coconut" else 0.0,
+            uniform_prob=self.settings(stage).uniform_prob if self.is_staged else 0.0,
             max_latent_stage=self.max_latent_stage,
             n_steps=n_steps,
             seed=seed,
             epoch=epoch,
         )
+        spec = self.spec(drawn)
+        if self.method == "icot":
+            more = smoothed_removal(key, rate=self.icot_smoothing, seed=seed, epoch=epoch)
+            spec = replace(spec, n_skip_tokens=spec.n_skip_tokens + more)
+        return spec
 
 
 class _MapView(Dataset[dict[str, Any]]):

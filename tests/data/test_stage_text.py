@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coconut.data.stage_text import build_prompt_template, encode_text, mixed_stage, stage_spec, stage_text
+from coconut.data.stage_text import (
+    build_prompt_template,
+    encode_text,
+    mixed_stage,
+    smoothed_removal,
+    stage_spec,
+    stage_text,
+)
 from coconut.types import IGNORE_INDEX, DataError, EncodedText, PromptTemplate, Sample
 
 START, LATENT, END = 900, 901, 902
@@ -57,7 +66,7 @@ def test_a_short_sample_gets_thoughts_for_its_own_steps_unless_padded() -> None:
 
 
 def test_bad_stage_and_method_are_named() -> None:
-    with pytest.raises(DataError, match=r"'cocoa'.*coconut, cot, no_cot"):
+    with pytest.raises(DataError, match=r"'cocoa'.*coconut, icot"):
         stage_spec(0, method="cocoa")
     with pytest.raises(DataError, match="stage is -1"):
         stage_spec(-1)
@@ -190,3 +199,29 @@ def test_a_control_token_that_cannot_be_split_is_an_error(make_tokenizer) -> Non
     sample = Sample("k7", "start <|latent|> ?", (), "red", source="data.json:7")
     with pytest.raises(DataError, match=r"data.json:7 \(key k7\).*<\|latent\|>"):
         encode_text(sample, tokenizer, build_prompt_template(tokenizer))
+
+
+def test_methods_differ_in_what_stands_in_the_place_of_the_steps() -> None:
+    text = EncodedText("key", prompt=(1, 2), steps=((10, 11, 12), (20, 21), (30,)), answer=(8, 9))
+    ids = (101, 102, 103)
+
+    def read(method: str, stage: int) -> tuple[int, ...]:
+        spec = stage_spec(stage, method=method, c_thought=1, max_latent_stage=3, icot_tokens=2)
+        return stage_text(text, spec, ids).input_ids[2:]
+
+    thoughts = (101, 102, 102, 103, 30, 8, 9)
+    assert read("coconut", 2) == read("pause_as_thought", 2) == read("pause_multipass", 2) == thoughts
+    assert read("no_thought", 2) == (30, 8, 9)
+    assert read("icot", 0) == read("cot", 0) == (10, 11, 12, 20, 21, 30, 8, 9)
+    assert read("icot", 2) == (21, 30, 8, 9)
+    assert read("icot", 3) == read("no_cot", 0) == (8, 9)
+    assert read("pause", 0) == read("no_curriculum", 0) == read("coconut", 3) == (101, 102, 102, 102, 103, 8, 9)
+
+
+def test_smoothed_removals_are_geometric_and_depend_on_the_key_alone() -> None:
+    drawn = [smoothed_removal(f"key {n}", rate=1.0, seed=1, epoch=2) for n in range(4000)]
+    assert drawn == [smoothed_removal(f"key {n}", rate=1.0, seed=1, epoch=2) for n in range(4000)]
+    for more in range(3):  # P(o) = (1 - 1/e) e^-o
+        share = sum(draw == more for draw in drawn) / len(drawn)
+        assert share == pytest.approx((1 - math.exp(-1)) * math.exp(-more), abs=0.03)
+    assert smoothed_removal("key 0", rate=None, seed=1, epoch=2) == 0

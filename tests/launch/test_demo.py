@@ -129,7 +129,7 @@ def test_a_failing_part_stops_the_demo_and_says_so(script, start, monkeypatch, c
 
 
 def test_a_command_that_fails_is_an_error(script, tmp_path, monkeypatch):
-    demo = script.Demo(tmp_path, 0, False, [1e-3], 0, 2)
+    demo = script.Demo(tmp_path, 0, False, [1e-3], [], 0, 2)
     with pytest.raises(script.PartError, match="ended with 2"):
         demo._run("launch/prepare_data.py", "no-such-data-set")
 

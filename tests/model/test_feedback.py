@@ -203,3 +203,24 @@ def test_the_example_of_an_auxiliary_loss_draws_thoughts_to_the_picture() -> Non
     assert 0 < float((with_it - without).detach()) < 2
     text_only = batch_rows([make_row(torch.Generator().manual_seed(0), 2, 0)])
     assert torch.isfinite(model(**text_only).loss)
+
+
+def test_pauses_are_ordinary_tokens_in_one_pass_or_in_several() -> None:
+    """The loss of pauses is that of a plain forward over the same ids, however many passes read them."""
+    model, batch = build("none"), batch_rows(ragged_rows(1))
+    in_passes = model(**batch, num_items_in_batch=1).loss
+    model.set_latent_passes(0)
+    calls: list[int] = []
+    model.backbone.decoder.register_forward_hook(lambda *_: calls.append(1))
+    at_once = model(**batch, num_items_in_batch=1).loss
+    assert len(calls) == 1 and model.calls_of_thoughts(3) == 0
+    plain = {name: value for name, value in batch.items() if name in ("input_ids", "attention_mask", "pixel_values")}
+    plain["position_ids"] = model.backbone.position_ids(batch["input_ids"], batch["attention_mask"])
+    logits = model.base_model(**plain).logits.double()[:, :-1]
+    expected = F.cross_entropy(
+        logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-100, reduction="sum"
+    )
+    for loss in (in_passes, at_once):
+        assert float((loss - expected).detach().abs()) < 1e-9
+    with pytest.raises(ConfigError, match="needs passes"):
+        build("hidden").set_latent_passes(0)

@@ -102,3 +102,22 @@ def test_views_are_lazy_and_keep_their_kind() -> None:
     assert set(_Map.read) == {1}
     items = list(stages.prepare_stage_data(_Stream(), 1))
     assert [item["number"] for item in items] == [0, 1, 2] and items[0]["spec"].stage == 1
+
+
+def test_a_run_may_begin_at_a_later_stage() -> None:
+    stages = StageManager(3, 2, start_stage=1)
+    assert stages.stages == [1, 2, 3]
+    assert [stages.get_current_stage(epoch) for epoch in range(7)] == [1, 1, 2, 2, 3, 3, 3]
+    with pytest.raises(ConfigError, match="start_stage is 4"):
+        StageManager(3, 2, start_stage=4)
+    with pytest.raises(ConfigError, match="single stage"):
+        StageManager(3, 2, method="pause", start_stage=1)
+
+
+def test_icot_removes_more_tokens_at_each_stage_and_sometimes_one_more() -> None:
+    stages = StageManager(3, 2, method="icot", icot_tokens=5, icot_smoothing=1.0)
+    specs = [stages.spec_of_sample(f"key {n}", 9, 2, seed=0, epoch=0) for n in range(50)]
+    assert {spec.n_skip_tokens for spec in specs} >= {10, 11}
+    assert stages.spec(3).n_skip_steps is None
+    without = StageManager(3, 2, method="icot", icot_tokens=5, icot_smoothing=None)
+    assert {without.spec_of_sample(f"key {n}", 9, 2, seed=0, epoch=0).n_skip_tokens for n in range(50)} == {10}
