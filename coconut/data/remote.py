@@ -33,11 +33,6 @@ FIRST_DELAY_S = 1.0
 _CHUNK = 1 << 20  # bytes
 
 
-def is_remote(path: str | Path) -> bool:
-    """Whether a data path is a URL, or a command in the place of one."""
-    return "://" in str(path) or str(path).startswith("pipe:")
-
-
 @dataclass(frozen=True)
 class RemoteShards:
     """A folder of shards elsewhere, and the local folder that its files come to.

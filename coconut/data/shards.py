@@ -23,8 +23,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from coconut.config.checks import looks_remote
 from coconut.data.image import image_header, open_image
-from coconut.data.remote import RemoteShards, is_remote, open_remote
+from coconut.data.remote import RemoteShards, open_remote
 from coconut.data.sample import read_samples, sample_from_record, summary
 from coconut.data.shard_index import MANIFEST, VERSION, ShardIndex, file_sha256
 from coconut.data.shard_writer import locked
@@ -209,7 +210,7 @@ def open_dataset(
         DataError: the path is missing, or its data unusable.
         SourceError: a server does not answer.
     """
-    if is_remote(path):
+    if looks_remote(str(path)):
         remote = open_remote(str(path), cache_dir, allow_pipe=allow_pipe)
         return ShardReader(remote.folder, allow_damage=allow_damage, remote=remote)
     path = Path(path)
