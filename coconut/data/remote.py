@@ -93,7 +93,7 @@ def open_remote(url: str, cache: str | Path, *, allow_pipe: bool = False) -> Rem
         partial.unlink(missing_ok=True)
     remote = RemoteShards(url, folder, sums)
     for file in sums:
-        if file.startswith("index."):
+        if not file.endswith(".tar"):
             remote.fetch(file)
     return remote
 
@@ -122,7 +122,8 @@ def _sums_of(manifest: bytes, url: str) -> dict[str, tuple[int, str]]:
     try:
         content = json.loads(manifest)
         sums = {entry["name"]: (int(entry["bytes"]), str(entry["sha256"])) for entry in content["shards"]}
-        sums |= {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in content["index"].items()}
+        for name, entry in (content["index"] | content.get("tokens", {})).items():
+            sums[name] = (int(entry["bytes"]), str(entry["sha256"]))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{file_url(url, MANIFEST)} is not the manifest of a set of shards: {error!r}") from None
     for name in sums:
