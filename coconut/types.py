@@ -23,6 +23,10 @@ class DataError(CoconutError, ValueError):
     """A record, image, shard or tokenizer is unusable; the message names file, shard and key."""
 
 
+class SourceError(DataError):
+    """Data cannot be reached (a server, a disk); nothing is wrong with a sample, so none may be left out for it."""
+
+
 class CheckpointError(CoconutError, RuntimeError):
     """A checkpoint is missing, damaged, or belongs to another configuration."""
 

@@ -70,7 +70,11 @@ def missing_paths(values: Mapping[str, Any]) -> list[Fault]:
         faults.append(Fault(needed, f"{needed}: not set; {_OWN_DATA}"))
     unused = ("train_data_path", "val_data_path") if values["only_eval"] else ()
     for key in ("train_data_path", "val_data_path", "test_data_path"):
-        if values[key] is not None and key not in unused and not Path(values[key]).exists():
+        if values[key] is None or key in unused:
+            continue
+        if looks_remote(values[key]):
+            faults += _unusable_url(key, values)
+        elif not Path(values[key]).exists():
             faults.append(Fault(key, f"{key} = {values[key]!r}: does not exist; {_recipe(values[key]) or _OWN_DATA}"))
     if values["val_data_path"] is None and not values["only_eval"]:
         for key in _NEED_VALIDATION:
@@ -104,6 +108,20 @@ def _missing_others(values: Mapping[str, Any]) -> list[Fault]:
         choices = f"; known here: {known}" if known else "; run from the project's folder, which holds ds_configs/"
         faults.append(Fault("deepspeed", f"deepspeed = {engine!r}: no such file{choices}"))
     return faults
+
+
+def _unusable_url(key: str, values: Mapping[str, Any]) -> list[Fault]:
+    url = values[key]
+    if values["only_eval"]:
+        return [Fault(key, f"{key} = {url!r}: only_eval reads local data; fetch them, or score at the end of a run")]
+    if url.startswith("pipe:") and not values["allow_pipe_urls"]:
+        return [Fault(key, f"{key} = {url!r}: would run a command; set allow_pipe_urls: true if you trust it")]
+    return []
+
+
+def looks_remote(path: str) -> bool:
+    """Whether a data path is a URL, or a command in the place of one."""
+    return "://" in path or path.startswith("pipe:")
 
 
 def looks_local(model_id: str) -> bool:

@@ -182,13 +182,28 @@ class Schema(BaseModel):
     )
 
     # -- data --
-    train_data_path: Text | None = Field(None, description="training data: JSON, JSONL, or a folder of shards")
+    train_data_path: Text | None = Field(
+        None, description="training data: JSON, JSONL, a folder of shards, or the URL of one (https://, s3://)"
+    )
     val_data_path: Text | None = Field(None, description="validation data; null = no validation")
     test_data_path: Text | None = Field(None, description="test data, scored once at the end or by only_eval")
     image_root: Text | None = Field(None, description="folder that relative image paths of JSON data start from")
     max_train_samples: Int | None = Field(None, ge=1, description="use only the first so many training samples")
     max_val_samples: Int | None = Field(None, ge=1, description="use only the first so many validation samples")
     num_workers: Int = Field(4, ge=0, le=256, description="data loader processes of a rank; 0 = load in the rank")
+    shard_cache: Text | None = Field(
+        None, description="folder for JSON data made into shards and for shards of URLs; null = save_path/.shards"
+    )
+    allow_pipe_urls: bool = Field(
+        False, description="allow 'pipe:COMMAND {name}' in place of a URL; it runs the command in a shell, per file"
+    )
+    max_bad_fraction: Float = Field(
+        0.02,
+        ge=0,
+        le=1,
+        description="share of samples that could not be used (bad_samples.jsonl names them) past which the run stops; "
+        "of those seen so far, at least 1000",
+    )
     image_size: Int = Field(448, ge=28, le=4096, description="side of an image tile, in pixels")
     max_num_patches: Int = Field(12, ge=1, le=128, description="tiles an image is cut into, at most (no thumbnail)")
     use_thumbnail: bool = Field(True, description="add the whole image as one more tile where it was cut")
@@ -197,7 +212,7 @@ class Schema(BaseModel):
         "auto", description="chat: the tokenizer's chat template; plain: a line break; auto: chat where there is one"
     )
     max_length: Int | None = Field(
-        None, ge=8, description="longest sample in tokens, images included; a longer one is an error; null = no limit"
+        None, ge=8, description="longest sample in tokens, images included; a longer one is left out; null = no limit"
     )
     pad_to_multiple_of: Int = Field(1, ge=1, le=4096, description="pad batches to a multiple of so many columns")
 

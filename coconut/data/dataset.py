@@ -51,6 +51,7 @@ class MultimodalDataset(Dataset[dict[str, Any]]):
     ) -> None:
         self.tokenizer = tokenizer
         self.ids: tuple[int, int, int] = special_token_ids(tokenizer)
+        self.data_path = Path(data_path)
         self.image_root = Path(image_root) if image_root is not None else Path(data_path).parent
         self.samples: list[Sample] = read_samples(data_path, image_root=self.image_root, max_size=max_size)
         if tokens_per_patch is None:
@@ -70,6 +71,10 @@ class MultimodalDataset(Dataset[dict[str, Any]]):
 
     def key(self, index: int) -> str:
         return self.samples[index].key
+
+    def locate(self, index: int) -> tuple[str, str]:
+        """The data file and the sample's key."""
+        return str(self.data_path), self.key(index)
 
     def read(self, index: int) -> Sample:
         """The sample itself, its images as paths."""

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
     ImageLike = str | Path | bytes | Image.Image
 
+#: What Pillow may take a file for; it knows others that start programs (EPS: Ghostscript) or hold no picture.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
 #: Larger images are refused: a file of some kilobytes can unpack to gigabytes.
 MAX_PIXELS = 89_478_485  # 0.25 GiB of RGB, Pillow's own warning level
 #: What makes a picture upright, by its EXIF orientation (tag 274); 5 to 8 lie on their side.
@@ -58,7 +60,7 @@ def open_image(image: ImageLike) -> Image.Image:
             rgb = _to_rgb(opened)
             turn = _UPRIGHT.get(_orientation(opened))  # only now: a PNG may hold its EXIF after the pixels
             return rgb if turn is None else rgb.transpose(turn)
-        except (OSError, SyntaxError, ValueError, EOFError, MemoryError) as error:
+        except Exception as error:  # decoders of hostile bytes raise anything: struct.error, IndexError, zlib.error ...
             raise DataError(f"{name} cannot be decoded: {error}") from error
 
 
@@ -221,14 +223,17 @@ def _open(image: ImageLike, name: str) -> AbstractContextManager[Image.Image]:
     if isinstance(image, Image.Image):
         return nullcontext(image)
     try:
-        opened = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
+        opened = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=FORMATS)
     except FileNotFoundError:
         raise DataError(f"image {name} does not exist") from None
     except Image.DecompressionBombError as error:
         raise DataError(f"{name} is refused: {error}") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError) as error:
-        kind = "empty (0 bytes)" if image == b"" else f"not an image that can be read: {error}"
+    except UnidentifiedImageError:
+        # Pillow's own message holds the address of a buffer, another one each time.
+        kind = "empty (0 bytes)" if image == b"" else f"not an image that can be read ({', '.join(FORMATS)})"
         raise DataError(f"{name} is {kind}") from None
+    except Exception as error:  # as for decoding
+        raise DataError(f"{name} is not an image that can be read: {error}") from None
     if opened.width * opened.height > MAX_PIXELS:
         opened.close()
         raise DataError(f"{name} is {opened.width} x {opened.height} pixels, more than {MAX_PIXELS}")

@@ -1,6 +1,7 @@
 """Reading shards by (shard, offset, size), and opening any kind of training data as shards.
 
     shard-000000.tar ... + index.*.npy + manifest.json --ShardReader--> Samples
+    https://HOST/SET --open_dataset--> fetched into a cache, shard by shard (`remote`) --ShardReader--> Samples
     data.json(l) --open_dataset--> write_shards, once, into a cache --ShardReader--> Samples
 
 `shard_index` describes the files, `shard_writer` writes them.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import tarfile
@@ -21,15 +23,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from coconut.config.checks import looks_remote
 from coconut.data.image import image_header, open_image
+from coconut.data.remote import RemoteShards, open_remote
 from coconut.data.sample import read_samples, sample_from_record, summary
 from coconut.data.shard_index import MANIFEST, VERSION, ShardIndex, file_sha256
 from coconut.data.shard_writer import locked
 from coconut.data.shard_writer import write_shards as write_shards
-from coconut.types import DataError, Sample
+from coconut.types import DataError, Sample, SourceError
 
 #: Only these members of a tar are ever decoded, and only like this: nothing is unpickled.
 _IMAGE_SUFFIXES = frozenset({"png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "ppm", "jpeg2000"})
+_LONG_NAMES = frozenset({tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK})
 _CHARS_PER_TOKEN = 4.0  # of English text; planning needs relative costs only
 _MAX_OPEN_SHARDS = 64
 
@@ -37,23 +42,34 @@ _MAX_OPEN_SHARDS = 64
 class ShardReader:
     """Random access to the samples of a folder of shards; safe to fork and to pickle.
 
+    Args:
+        directory: the folder.
+        allow_damage: whether a shard may have another size than when it was written; what is missing of it is an
+            error when such a sample is read.
+        remote: where the shards are fetched from, when they are not in the folder yet.
+
     Raises:
         DataError: the folder holds no complete set (see `ShardIndex`).
     """
 
-    def __init__(self, directory: str | Path) -> None:
+    def __init__(
+        self, directory: str | Path, *, allow_damage: bool = False, remote: RemoteShards | None = None
+    ) -> None:
         self.directory = Path(directory)
-        self.index = ShardIndex(self.directory)
+        self.allow_damage, self.remote = allow_damage, remote
+        self.index = _IndexAlone(self.directory) if allow_damage or remote is not None else ShardIndex(self.directory)
+        if remote is None:
+            self._refuse_missing_shards()
         self._open: OrderedDict[int, int] = OrderedDict()  # shard -> file descriptor, least recent first
 
     def __len__(self) -> int:
         return len(self.index)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"directory": self.directory}
+        return {"directory": self.directory, "allow_damage": self.allow_damage, "remote": self.remote}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["directory"])  # type: ignore[misc]
+        self.__init__(**state)  # type: ignore[misc]
 
     def __del__(self) -> None:
         for descriptor in getattr(self, "_open", {}).values():
@@ -66,6 +82,10 @@ class ShardReader:
 
     def key(self, index: int) -> str:
         return self.index.key(index)
+
+    def locate(self, index: int) -> tuple[str, str]:
+        """File name of the shard that holds a sample, and the sample's key; from the index."""
+        return self.index.shards[int(self.index.rows[index]["shard"])].name, self.key(index)
 
     def image_sizes(self, index: int) -> list[tuple[int, int]]:
         """Upright width and height of each of a sample's images, from the index."""
@@ -86,18 +106,31 @@ class ShardReader:
 
         Raises:
             DataError: naming shard and key, when the bytes are not what the index says.
+            SourceError: the disk or the server fails.
         """
         row, key = self.index.rows[index], self.key(index)
         number, size = int(row["shard"]), int(row["size"])
         shard = self.index.shards[number]
         where = f"{shard.name} (key {key})"
-        block = os.pread(self._descriptor(number), size, int(row["offset"]))
+        try:
+            block = os.pread(self._descriptor(number), size, int(row["offset"]))
+        except OSError as error:  # of the disk, not of this sample
+            raise SourceError(f"{where} cannot be read: {error.strerror}") from None
         if len(block) != size:
             raise DataError(f"{where}: the shard ends {size - len(block)} bytes before the sample does")
         sample = _sample_from_members(_members(block, where), source=shard.name, where=where)
         if sample.key != key:
             raise DataError(f"{where}: the shard holds key {sample.key!r} here; index and shard do not match")
         return sample
+
+    def damaged_shards(self) -> list[str]:
+        """A line for each shard in the folder that has another size than the manifest says."""
+        found = []
+        for shard in self.index.shards:
+            path = self.directory / shard.name
+            if path.exists() and (size := path.stat().st_size) != shard.bytes:
+                found.append(f"{path} is {size} bytes long instead of {shard.bytes}")
+        return found
 
     def verify(self) -> int:
         """Check every file's checksum, then every sample against the index, its images decoded.
@@ -134,28 +167,55 @@ class ShardReader:
             return self._open[shard]
         if len(self._open) >= _MAX_OPEN_SHARDS:
             os.close(self._open.popitem(last=False)[1])
-        path = self.directory / self.index.shards[shard].name
+        name = self.index.shards[shard].name
+        path = self.directory / name if self.remote is None else self.remote.fetch(name)
         try:
             self._open[shard] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
-            raise DataError(f"{path} cannot be opened: {error.strerror}") from None
+            raise SourceError(f"{path} cannot be opened: {error.strerror}") from None
         return self._open[shard]
+
+    def _refuse_missing_shards(self) -> None:
+        missing = [shard.name for shard in self.index.shards if not (self.directory / shard.name).is_file()]
+        if missing:
+            lines = [f"{self.directory / name} is missing; copy or write the shards again" for name in missing]
+            raise DataError(summary(f"{self.directory} lacks {len(missing)} shards", lines))
+
+
+class _IndexAlone(ShardIndex):
+    """An index whose shards are not looked at when it is opened."""
+
+    def expected_bytes(self) -> dict[str, int]:
+        return {name: entry["bytes"] for name, entry in self.files.items()}
 
 
 def open_dataset(
-    path: str | Path, image_root: str | Path | None = None, cache_dir: str | Path = ".cache/shards"
+    path: str | Path,
+    image_root: str | Path | None = None,
+    cache_dir: str | Path = ".cache/shards",
+    *,
+    allow_damage: bool = False,
+    allow_pipe: bool = False,
 ) -> ShardReader:
-    """Open a folder of shards, or a JSON/JSONL file, which is sharded into ``cache_dir`` first.
+    """Open a folder of shards, one at a URL, or a JSON/JSONL file, which is sharded into ``cache_dir`` first.
 
     The cache is keyed by the file's content and by path, size and modification time of its images, so it
     is written once and a change makes a new one. Processes on one machine wait for the one that writes.
 
+    Args:
+        allow_damage: see `ShardReader`.
+        allow_pipe: whether ``path`` may be ``pipe:COMMAND {name}``.
+
     Raises:
         DataError: the path is missing, or its data unusable.
+        SourceError: a server does not answer.
     """
+    if looks_remote(str(path)):
+        remote = open_remote(str(path), cache_dir, allow_pipe=allow_pipe)
+        return ShardReader(remote.folder, allow_damage=allow_damage, remote=remote)
     path = Path(path)
     if path.is_dir():
-        return ShardReader(path)
+        return ShardReader(path, allow_damage=allow_damage)
     samples = read_samples(path, image_root=image_root)
     cache = Path(cache_dir)
     cache.mkdir(parents=True, exist_ok=True)
@@ -167,27 +227,65 @@ def open_dataset(
 
 
 def _members(block: bytes, where: str) -> dict[str, bytes]:
-    """Suffix -> content of the tar members in a block of bytes; `tarfile.open` costs ten times as much."""
+    """Suffix -> content of the tar members in a block of bytes; `tarfile.open` costs ten times as much.
+
+    Names are only told apart by, never used as paths, so ``../`` in one does no harm.
+    """
     members: dict[str, bytes] = {}
+    stems: set[str] = set()
     position = 0
     while position < len(block):
         try:
             header = tarfile.TarInfo.frombuf(block[position : position + 512], "utf-8", "surrogateescape")
         except tarfile.HeaderError as error:
             raise DataError(f"{where}: broken tar header at byte {position} of the sample: {error}") from None
-        start = position + 512
-        _, _, suffix = header.name.rpartition("/")[2].partition(".")
-        members[suffix.lower()] = block[start : start + header.size]
+        start, end = position + 512, position + 512 + header.size
+        if header.size < 0 or end > len(block):
+            raise DataError(f"{where}: member {header.name!r} goes on beyond the sample's end")
         position = start + -(-header.size // 512) * 512
+        if header.type in _LONG_NAMES:
+            return _members_with_long_names(block, where)
+        _note_member(header, block[start:end], members, stems, where)
     return members
+
+
+def _members_with_long_names(block: bytes, where: str) -> dict[str, bytes]:
+    """The same for members whose names lie in headers of their own (PAX, GNU)."""
+    members: dict[str, bytes] = {}
+    stems: set[str] = set()
+    try:
+        with tarfile.open(fileobj=io.BytesIO(block + bytes(1024)), mode="r:") as tar:
+            for header in tar:
+                file = tar.extractfile(header) if header.isreg() else None
+                _note_member(header, file.read() if file is not None else b"", members, stems, where)
+    except tarfile.TarError as error:
+        raise DataError(f"{where}: broken tar headers: {error}") from None
+    return members
+
+
+def _note_member(
+    header: tarfile.TarInfo, content: bytes, members: dict[str, bytes], stems: set[str], where: str
+) -> None:
+    if header.isdir():
+        return
+    if not header.isreg():
+        raise DataError(f"{where}: member {header.name!r} is a link or a device, not a file")
+    folder, _, name = header.name.rpartition("/")
+    stem, _, suffix = name.partition(".")
+    stems.add(f"{folder}/{stem}")
+    if len(stems) > 1:
+        raise DataError(f"{where}: members of another sample lie between its own ({header.name!r})")
+    if suffix.lower() in members:
+        raise DataError(f"{where}: there are two members {header.name!r}")
+    members[suffix.lower()] = content
 
 
 def _sample_from_members(members: dict[str, bytes], *, source: str, where: str) -> Sample:
     if "json" not in members:
         raise DataError(f"{where}: the sample has no json member, only {', '.join(sorted(members))}")
     try:
-        record = json.loads(members["json"])
-    except ValueError as error:
+        record = json.loads(members["json"], parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: its json member is not JSON: {error}") from None
     sample = sample_from_record(record, key="", source=source)
     images: list[bytes] = []
@@ -196,6 +294,10 @@ def _sample_from_members(members: dict[str, bytes], *, source: str, where: str) 
             raise DataError(f"{where}: image member {name} is missing, or no kind of image that is read")
         images.append(members[name])
     return dataclasses.replace(sample, images=tuple(images))
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON value")
 
 
 def _content_key(path: Path, samples: list[Sample]) -> str:

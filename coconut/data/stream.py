@@ -5,28 +5,33 @@
 
 An item of the pipeline is a micro-batch from its first stage on, since an empty one has to travel as well:
 every rank yields ``ceil(slots / world)`` micro-batches a step, and those beyond the plan's slots, or without
-samples, are inert. Workers take turns, so the order is the same for any number of them. The resume state is
-``start_step`` alone.
+samples, are inert. A sample that cannot be used is left out and is noted in the batch as a `BadSample`, so the
+number of micro-batches never changes. Workers take turns, so the order is the same for any number of them.
+The resume state is ``start_step`` alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import webdataset
 from torch import Generator
 from torch.utils.data import DataLoader, get_worker_info
 
+from coconut.data.bad_samples import EXTRA, BadSample
 from coconut.data.plan import EpochPlan
-from coconut.types import Batch, DataError, Sample
+from coconut.types import Batch, DataError, Sample, SourceError
 
 
 class SampleSource(Protocol):
     """Random access to samples: `ShardReader`, `MultimodalDataset`."""
 
     def read(self, index: int) -> Sample: ...
+
+    def locate(self, index: int) -> tuple[str, str]:
+        """File and key of a sample, known without reading it."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,8 @@ class _MicroBatch:
 
     step: int
     slot: int
-    items: list[Any]  # indices, then Samples, then features
+    items: list[tuple[int, Any]]  # index and what has become of it: nothing yet, then a Sample, then features
+    bad: tuple[BadSample, ...] = ()
 
 
 class StreamLoader:
@@ -51,8 +57,9 @@ class StreamLoader:
         num_workers: processes that prepare micro-batches ahead; 0 prepares them in this one.
         start_step: optimizer steps of the epoch that are done already.
 
-    Each Batch's ``extras`` hold its "step" and "slot". A DataError of any stage is raised here, in one line,
-    from a worker too.
+    Each Batch's ``extras`` hold its "step" and "slot", and the "bad_samples" that were left out because ``read``,
+    ``encode`` or ``stage`` raised a DataError for them. A SourceError of these, or a DataError of ``collate``, is
+    raised here, in one line, from a worker too.
     """
 
     def __init__(
@@ -77,8 +84,8 @@ class StreamLoader:
         self.accumulation = -(-plan.slots // world)  # micro-batches of this rank, and of any other, a step
         self.pipeline = webdataset.DataPipeline(
             self._planned,
-            webdataset.map(_each(dataset.read)),
-            webdataset.map(_each(lambda sample: stage(encode(sample)))),
+            webdataset.map(_each(lambda index, _: dataset.read(index), dataset.locate)),
+            webdataset.map(_each(lambda _, sample: stage(encode(sample)), dataset.locate)),
             webdataset.map(_collated(collate)),
             _errors_as_items,
         )
@@ -100,7 +107,7 @@ class StreamLoader:
             )
         for item in stream:
             if isinstance(item, DataError):
-                raise DataError(*item.args)
+                raise type(item)(*item.args)
             yield item
 
     def _planned(self) -> Iterator[_MicroBatch]:
@@ -115,17 +122,33 @@ class StreamLoader:
             slots = self.plan.step(step) if mine else []
             for number in mine:
                 slot = number * self.world + self.rank
-                yield _MicroBatch(step, slot, slots[slot].tolist() if slot < len(slots) else [])
+                indices = slots[slot].tolist() if slot < len(slots) else []
+                yield _MicroBatch(step, slot, [(index, None) for index in indices])
 
 
-def _each(function: Callable[[Any], Any]) -> Callable[[_MicroBatch], _MicroBatch]:
-    return lambda batch: _MicroBatch(batch.step, batch.slot, [function(item) for item in batch.items])
+def _each(
+    function: Callable[[int, Any], Any], locate: Callable[[int], tuple[str, str]]
+) -> Callable[[_MicroBatch], _MicroBatch]:
+    """Apply a function to each item; an item for which it raises a DataError is left out, and noted."""
+
+    def run(batch: _MicroBatch) -> _MicroBatch:
+        items, bad = [], list(batch.bad)
+        for index, item in batch.items:
+            try:
+                items.append((index, function(index, item)))
+            except SourceError:
+                raise
+            except DataError as error:
+                bad.append(BadSample.from_error(*locate(index), error))
+        return replace(batch, items=items, bad=tuple(bad))
+
+    return run
 
 
 def _collated(collate: Callable[[Sequence[dict[str, Any]]], Batch]) -> Callable[[_MicroBatch], Batch]:
     def run(micro_batch: _MicroBatch) -> Batch:
-        batch = collate(micro_batch.items)
-        batch.extras |= {"step": micro_batch.step, "slot": micro_batch.slot}
+        batch = collate([features for _, features in micro_batch.items])
+        batch.extras |= {"step": micro_batch.step, "slot": micro_batch.slot, EXTRA: micro_batch.bad}
         return batch
 
     return run

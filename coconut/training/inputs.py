@@ -21,8 +21,14 @@ from coconut.data.plan import make_plan
 from coconut.data.shards import ShardReader, open_dataset
 from coconut.data.stream import StreamLoader
 from coconut.training.stages import StageManager
-from coconut.types import ConfigError
+from coconut.types import ConfigError, DataError, SourceError
 from coconut.utils.distributed import get_rank, get_world_size, on_main_first
+from coconut.utils.logging import get_logger
+
+logger = get_logger(__name__)
+
+#: Samples that are tried before a run begins, until one can be used.
+MOST_LOOKED_AT = 16
 
 
 @dataclass(frozen=True)
@@ -39,10 +45,10 @@ class Split:
 def open_split(config: Any, key: str, encoder: SampleEncoder, limit: int | None = None) -> Split | None:
     """The data set that configuration key `key` names, or None when it names none.
 
-    JSON data is sharded into a cache beside the run folders first, once.
+    JSON data is sharded into the cache first, once; shards of a URL come there when they are needed.
 
     Raises:
-        DataError: the data is broken.
+        DataError: the data is broken as a whole: of some samples all over it, none can be used.
         ConfigError: it holds no sample, or fewer than there are ranks.
     """
     path = getattr(config, key)
@@ -50,9 +56,16 @@ def open_split(config: Any, key: str, encoder: SampleEncoder, limit: int | None 
         return None
 
     def open_path() -> ShardReader:
-        return open_dataset(path, image_root=config.image_root, cache_dir=Path(config.save_path) / ".shards")
+        return open_dataset(
+            path,
+            image_root=config.image_root,
+            cache_dir=config.shard_cache or Path(config.save_path) / ".shards",
+            allow_damage=True,
+            allow_pipe=config.allow_pipe_urls,
+        )
 
-    on_main_first(lambda: len(open_path()))  # one process writes the cache, also where nodes share no file locks
+    # One process writes the cache, also where nodes share no file locks.
+    on_main_first(lambda: _look_at_some(open_path(), key, encoder))
     reader = open_path()
     processor = encoder.image_processor
     num_patches = processor.num_patches if processor is not None else lambda width, height: 0
@@ -64,6 +77,24 @@ def open_split(config: Any, key: str, encoder: SampleEncoder, limit: int | None 
             "give more data or start fewer ranks"
         )
     return Split(reader, costs_N)
+
+
+def _look_at_some(reader: ShardReader, key: str, encoder: SampleEncoder) -> None:
+    """Raises: DataError: none of a few samples can be used, so that the mistake is not one of single samples."""
+    for damage in reader.damaged_shards():
+        logger.warning("%s: %s; samples beyond its end are left out", key, damage)
+    errors: list[DataError] = []
+    indices = np.unique(np.linspace(0, len(reader) - 1, MOST_LOOKED_AT, dtype=np.int64)).tolist()
+    for index in indices:
+        try:
+            encoder.encode(reader.read(index))
+            return
+        except SourceError:
+            raise
+        except DataError as error:
+            errors.append(error)
+    if errors:
+        raise DataError(f"{key}: none of {len(errors)} samples that were tried can be used; the first: {errors[0]}")
 
 
 class TrainingInputs:

@@ -63,6 +63,7 @@ class Totals:
     samples: int = 0
     tokens: int = 0
     steps: int = 0
+    loader_wait_s: float = 0.0  # of this rank, until its batches were there
     started: float = field(default_factory=time.perf_counter)
 
     def add(self, loss_sum: float, plan: StepPlan, is_sound: bool) -> None:
@@ -79,19 +80,21 @@ class Totals:
         return time.perf_counter() - self.started
 
     def rates(self) -> dict[str, float]:
-        """Mean loss a label token, and how fast it went."""
+        """Mean loss a label token, how fast it went, and how long the data were waited for."""
         seconds = max(self.seconds, 1e-9)
         return {
             "loss": self.loss_sum / self.label_tokens if self.label_tokens else math.nan,
             "samples_per_s": self.samples / seconds,
             "tokens_per_s": self.tokens / seconds,
+            "loader_wait_s": self.loader_wait_s,
+            "loader_wait_share": self.loader_wait_s / seconds,
         }
 
 
 def progress_line(where: str, rates: dict[str, float], seconds_left: float | None) -> str:
-    """``stage 1  epoch 2/8  step 40/157  loss 0.1234  512 samples/s  20.1k tokens/s  at most 1:05 left``."""
+    """``stage 1  step 40/157  loss 0.1234  512 samples/s  20.1k tokens/s  waited 2% for data  at most 1:05 left``."""
     line = f"{where}  loss {rates['loss']:.4f}  {rates['samples_per_s']:.0f} samples/s"
-    line += f"  {rates['tokens_per_s'] / 1000:.1f}k tokens/s"
+    line += f"  {rates['tokens_per_s'] / 1000:.1f}k tokens/s  waited {rates['loader_wait_share']:.0%} for data"
     if seconds_left is not None:
         minutes, seconds = divmod(round(seconds_left), 60)
         hours, minutes = divmod(minutes, 60)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from coconut.training.bad_samples import BAD_SAMPLES_FILE
 from coconut.training.checkpoint import Checkpoint, CheckpointFolder, fault_of, read_checkpoint
 from coconut.training.metrics import METRICS_FILE, MetricsWriter
 from coconut.training.run_folder import hold_run, restore_replaced, set_aside
@@ -68,7 +69,7 @@ def find_start(checkpoints: CheckpointFolder, resume: str) -> Checkpoint | None:
 def _make_room(checkpoints: CheckpointFolder, folder: Path | None) -> Checkpoint | None:
     run_dir = checkpoints.folder.parent
     if folder is None:
-        old = set_aside(run_dir, ("checkpoints", "stage_*", "final", METRICS_FILE))
+        old = set_aside(run_dir, ("checkpoints", "stage_*", "final", METRICS_FILE, BAD_SAMPLES_FILE))
         if old is not None:
             logger.info("what an earlier run left in %s is now in %s", run_dir, old)
         return None

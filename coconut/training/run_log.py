@@ -8,7 +8,7 @@ from typing import Any
 from coconut.training.metrics import MetricsWriter, Totals, progress_line
 from coconut.training.stages import StageManager
 from coconut.training.state import TrainState
-from coconut.utils.distributed import all_reduce_sum
+from coconut.utils.distributed import all_reduce_sum, get_rank, get_world_size
 from coconut.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -25,11 +25,15 @@ class RunLog:
         """The steps since the last such row.
 
         Args:
-            window: sums over those steps; its ``loss_sum`` is this rank's.
+            window: sums over those steps; its ``loss_sum`` and ``loader_wait_s`` are this rank's. Logged is the
+                longest wait of any rank, since the others wait for that one.
             engine: says learning rate and gradient norm.
             steps: optimizer steps of the epoch, where they are known.
         """
-        window.loss_sum = all_reduce_sum([window.loss_sum])[0]
+        waits = [0.0] * get_world_size()
+        waits[get_rank()] = window.loader_wait_s
+        window.loss_sum, *waits = all_reduce_sum([window.loss_sum, *waits])  # one collective gives sum and maximum
+        window.loader_wait_s = max(waits)
         settings, rates, norm = self.stages.settings(state.stage), window.rates(), engine.get_global_grad_norm()
         self._write(
             "train",

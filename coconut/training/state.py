@@ -27,6 +27,7 @@ class TrainState:
     step: int = 0  # optimizer steps done in the whole run
     steps_since_reset: int = 0  # optimizer steps since the optimizer was fresh; drives the warm-up
     samples: int = 0
+    bad_samples: int = 0  # left out because they could not be used; one that comes in two epochs counts twice
     tokens: int = 0
     flops: float = 0.0
     seconds: float = 0.0  # of training steps, validation and saving not counted
@@ -53,6 +54,7 @@ class TrainState:
         """One more step is done, whether its update was applied or dropped."""
         self.step, self.stage_step, self.epoch_step = self.step + 1, self.stage_step + 1, self.epoch_step + 1
         self.samples, self.tokens = self.samples + plan.samples, self.tokens + plan.tokens
+        self.bad_samples += plan.bad_samples
         self.flops += flops
 
     def accept(self, loss: float) -> None:

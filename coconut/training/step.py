@@ -8,14 +8,19 @@ from typing import Any
 
 import torch
 
+from coconut.data.bad_samples import bad_samples_of
 from coconut.model import MultimodalCoconut
 from coconut.training.anomalies import guarded_update
+from coconut.training.bad_samples import BadSampleReport
 from coconut.training.memory import explaining_memory
 from coconut.training.stop import StopRequests
 from coconut.training.validation import to_device
 from coconut.training.watchdog import Watchdog
 from coconut.types import Batch
 from coconut.utils.distributed import all_reduce_sum, get_world_size
+
+#: Fault of a step of which no sample could be used: weights and moments stay, and nothing is wrong with the model.
+NO_LABELS = "no label token"
 
 
 @dataclass(frozen=True)
@@ -27,22 +32,26 @@ class StepPlan:
     samples: int
     tokens: int
     patches: int
+    bad_samples: int  # left out of these batches
+    new_bad_samples: int  # of which the run's report does not name
     stop_reason: str | None  # why nobody takes this step
 
 
-def agree(micro_batches: Sequence[Batch], stops: StopRequests) -> StepPlan:
+def agree(micro_batches: Sequence[Batch], stops: StopRequests, report: BadSampleReport) -> StepPlan:
     """Add up what the ranks bring, and whether one of them was asked to stop."""
-    patches = sum(int(batch.tensors["num_patches"].sum()) for batch in micro_batches if "num_patches" in batch.tensors)
-    counts = [
-        len(micro_batches),
-        sum(batch.n_label_tokens for batch in micro_batches),
-        sum(len(batch.keys) for batch in micro_batches),
-        sum(batch.n_tokens for batch in micro_batches),
-        patches,
-    ]
-    sums = all_reduce_sum([*map(float, counts), *stops.flags()])
-    batches, labels, samples, tokens, n_patches = map(int, sums[: len(counts)])
-    return StepPlan(batches, labels, samples, tokens, n_patches, stops.reason(sums[len(counts) :]))
+    bad = bad_samples_of(micro_batches)
+    counts = {
+        "batches": len(micro_batches),
+        "label_tokens": sum(batch.n_label_tokens for batch in micro_batches),
+        "samples": sum(len(batch.keys) for batch in micro_batches),
+        "tokens": sum(batch.n_tokens for batch in micro_batches),
+        "patches": sum(int(b.tensors["num_patches"].sum()) for b in micro_batches if "num_patches" in b.tensors),
+        "bad_samples": len(bad),
+        "new_bad_samples": len(report.unnamed(bad)),
+    }
+    sums = all_reduce_sum([*map(float, counts.values()), *stops.flags()])
+    totals = {name: int(total) for name, total in zip(counts, sums, strict=False)}
+    return StepPlan(**totals, stop_reason=stops.reason(sums[len(counts) :]))
 
 
 @dataclass(frozen=True)
@@ -85,7 +94,7 @@ def take_step(
             watchdog.enter("optimizer step", batch.keys)
             if number == len(micro_batches):
                 loss = all_reduce_sum([loss_sum])[0] / labels
-                fault = judge(loss)
+                fault = judge(loss) if plan.label_tokens else NO_LABELS
             with guarded_update(engine, drop=fault is not None):
                 engine.step()
     # With fp16 an overflow is how the loss scale is found; DeepSpeed counts those.

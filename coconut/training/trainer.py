@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from coconut.config.deepspeed import batch_geometry
+from coconut.data.bad_samples import BadSample, bad_samples_of
 from coconut.data.collate import MultimodalCollator
 from coconut.data.encode import SampleEncoder
 from coconut.data.stage_text import build_prompt_template
 from coconut.evaluation.flops import training_flops
 from coconut.model import MultimodalCoconut
 from coconut.training.anomalies import judge_loss
+from coconut.training.bad_samples import BadSampleReport
 from coconut.training.checkpoint import CheckpointFolder, load_checkpoint
 from coconut.training.engine import build_engine, is_owned, reset_optimizer, set_learning_rate
 from coconut.training.export import export_model, exported_step, mark_stage_done
@@ -29,11 +31,11 @@ from coconut.training.resume import find_start, fixed_settings, last_stage, take
 from coconut.training.run_log import RunLog
 from coconut.training.stages import StageManager
 from coconut.training.state import TrainState
-from coconut.training.step import StepPlan, agree, seed_step, take_step
+from coconut.training.step import NO_LABELS, StepPlan, agree, seed_step, take_step
 from coconut.training.stop import StopRequests, noting_signals
 from coconut.training.validation import as_batch, validate
 from coconut.training.watchdog import Watchdog
-from coconut.types import Batch, CheckpointError, ConfigError
+from coconut.types import Batch, CheckpointError, ConfigError, DataError
 from coconut.utils.distributed import (
     all_reduce_sum,
     get_world_size,
@@ -76,6 +78,7 @@ class MultimodalCoTTrainer:
             self.run_dir / "checkpoints", config.max_checkpoints, fixed_settings(config)
         )
         self.log = RunLog(self.run_dir, self.stages)
+        self.bad_samples = BadSampleReport(self.run_dir, config.max_bad_fraction)
         self.recovery = Recovery(self.checkpoints, self.log, config)
         self.watchdog = Watchdog(config.hang_timeout_s, self.run_dir)
         self.state = TrainState()
@@ -91,6 +94,7 @@ class MultimodalCoTTrainer:
         init_distributed_training(force=True)
         on_main_first(lambda: take_run(self.run_dir))
         start = find_start(self.checkpoints, self.config.resume)
+        self.bad_samples.load()
         if start is not None:
             self.state = start.state
             self._keep_step_size()
@@ -242,7 +246,9 @@ class MultimodalCoTTrainer:
         begin = time.perf_counter()
         while not self._is_over():
             self.watchdog.enter("loading a batch")
+            asked = time.perf_counter()
             micro_batches = list(islice(batches, accumulation))
+            window.loader_wait_s += time.perf_counter() - asked
             if not self._train_step(micro_batches, accumulation, whole, window):
                 break
             self.state.seconds += time.perf_counter() - begin
@@ -266,10 +272,11 @@ class MultimodalCoTTrainer:
         """One optimizer step on all ranks; False, and nothing done, when a rank has no batch left or a stop is due."""
         engine, state, config = self.engine, self.state, self.config
         self.watchdog.enter("waiting for the other ranks", [key for batch in micro_batches for key in batch.keys])
-        plan = agree(micro_batches, self.stops)
+        plan = agree(micro_batches, self.stops, self.bad_samples)
         self.stop_reason = plan.stop_reason
         if plan.stop_reason is not None or plan.batches < accumulation * get_world_size():
             return False
+        self._bound_bad_samples(plan, micro_batches)
         settings = self.stages.settings(state.stage)
         warm = min(1.0, (state.steps_since_reset + 1) / max(settings.warmup_steps, 1))
         set_learning_rate(engine, settings.learning_rate * warm)
@@ -284,11 +291,23 @@ class MultimodalCoTTrainer:
         self.watchdog.step = state.step
         if result.fault is None:
             state.accept(result.loss)
-        else:
+        elif result.fault != NO_LABELS:
             went_back = self.recovery.after_skip(engine, state, result, micro_batches)
             if went_back:
                 self.save_checkpoint(state.epoch, {})  # else a run that dies now would meet the same data again
         return True
+
+    def _bound_bad_samples(self, plan: StepPlan, micro_batches: list[Batch]) -> None:
+        """Name the samples that were left out of a step about to be taken; the run ends when they are too many."""
+        if plan.new_bad_samples:
+            self.bad_samples.name(bad_samples_of(micro_batches))
+        if plan.bad_samples:
+            state = self.state
+            try:
+                self.bad_samples.check(state.bad_samples + plan.bad_samples, state.samples + plan.samples)
+            except DataError:
+                self._save_if_possible({})  # all ranks are here: the steps so far need not be taken again
+                raise
 
     def _flops(self, plan: StepPlan) -> float:
         return training_flops(
@@ -309,18 +328,28 @@ class MultimodalCoTTrainer:
             dataloader: yields `Batch` or dictionaries with labels; ranks may have different numbers of batches.
 
         Returns:
-            ``loss`` a label token, ``accuracy`` of the answers, ``full_match`` of whole texts, ``samples``.
+            ``loss`` a label token, ``accuracy`` of the answers, ``full_match`` of whole texts, ``samples``. A sample
+            that could not be used counts as answered wrongly.
+
+        Raises:
+            DataError: too many of those.
         """
         engine = self.engine
         engine.eval()
-        watched = self._watched(dataloader)
+        bad: list[BadSample] = []
+        watched = self._watched(dataloader, bad)
         metrics = validate(self.model, watched, self.tokenizer, self.collator, self.config.max_new_tokens)
         engine.train()
+        n_bad = int(metrics.pop("bad_samples"))
+        if n_bad:
+            self.bad_samples.name(bad, "evaluation")
+            self.bad_samples.check(n_bad, int(metrics["samples"]) - n_bad, "evaluation")
         return metrics
 
-    def _watched(self, dataloader: Iterable[Any]) -> Iterator[Batch]:
+    def _watched(self, dataloader: Iterable[Any], bad: list[BadSample]) -> Iterator[Batch]:
         for item in dataloader:
             batch = as_batch(item)
+            bad += bad_samples_of([batch])
             self.watchdog.enter("validating", batch.keys)
             yield batch
 

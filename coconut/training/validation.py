@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from coconut.data.bad_samples import bad_samples_of
 from coconut.data.collate import MultimodalCollator
 from coconut.evaluation.score import exact_match, extract_answer
 from coconut.model import MultimodalCoconut
@@ -23,6 +24,8 @@ def validate(
 ) -> dict[str, float]:
     """``loss`` a label token, ``accuracy`` of answers, ``full_match`` of whole texts, ``samples``; over all ranks.
 
+    Of the ``samples``, ``bad_samples`` could not be used; the loss leaves them out, the rates take them for wrong.
+
     Args:
         model: in evaluation mode; every rank must call this at the same point.
         loader: yields `Batch` or a collator's dictionaries, with labels; ranks may have different numbers of them.
@@ -30,19 +33,21 @@ def validate(
         collator: makes the inert batches of ranks that are through.
         max_new_tokens: a text is cut there.
     """
-    sums = [0.0] * 5  # loss, label tokens, right answers, whole matches, samples
+    sums = [0.0] * 6  # loss, label tokens, right answers, whole matches, samples, bad ones among these
     for batch in in_lockstep((as_batch(item) for item in loader), collator):
         tensors = to_device(batch, model.device)
         loss = model(**tensors, loss_only=True, num_items_in_batch=1.0).loss
         n_right, n_whole = _generate_and_score(model, batch, tensors, tokenizer, max_new_tokens)
-        for i, value in enumerate((float(loss), batch.n_label_tokens, n_right, n_whole, len(batch.keys))):
-            sums[i] += value
-    loss_sum, labels, right, whole, samples = all_reduce_sum(sums)
+        n_bad = len(bad_samples_of([batch]))
+        values = (float(loss), batch.n_label_tokens, n_right, n_whole, len(batch.keys) + n_bad, n_bad)
+        sums = [total + value for total, value in zip(sums, values, strict=True)]
+    loss_sum, labels, right, whole, samples, bad_samples = all_reduce_sum(sums)
     return {
         "loss": loss_sum / max(labels, 1),
         "accuracy": right / max(samples, 1),
         "full_match": whole / max(samples, 1),
         "samples": samples,
+        "bad_samples": bad_samples,
     }
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 from collections import Counter, defaultdict
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from coconut.data.bad_samples import bad_samples_of
 from coconut.data.collate import MultimodalCollator
 from coconut.data.encode import SampleEncoder
 from coconut.data.image import ImageProcessor
@@ -16,7 +19,7 @@ from coconut.data.plan import make_plan
 from coconut.data.shards import ShardReader, write_shards
 from coconut.data.stage_text import build_prompt_template, stage_spec
 from coconut.data.stream import StreamLoader
-from coconut.types import Batch, DataError
+from coconut.types import Batch, DataError, Sample, SourceError
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +30,12 @@ def reader(tmp_path_factory, make_samples) -> ShardReader:
 
 
 @pytest.fixture
-def loader(reader, tokenizer, ids):
-    encoder = SampleEncoder(tokenizer, ImageProcessor(28, 1), build_prompt_template(tokenizer), 1)
+def encoder(tokenizer) -> SampleEncoder:
+    return SampleEncoder(tokenizer, ImageProcessor(28, 1), build_prompt_template(tokenizer), 1)
+
+
+@pytest.fixture
+def loader(reader, tokenizer, ids, encoder):
     collator = MultimodalCollator(tokenizer, None, ids[1])
 
     def make(*, slots: int = 4, samples_per_step: int = 8, **options) -> StreamLoader:
@@ -37,7 +44,7 @@ def loader(reader, tokenizer, ids):
             "plan": make_plan(costs, seed=1, epoch=0, slots=slots, samples_per_step=samples_per_step),
             "dataset": reader,
             "encode": encoder.encode,
-            "stage": lambda features: encoder.with_stage(features, stage_spec(1, c_thought=2), ids),
+            "stage": partial(encoder.with_stage, spec=stage_spec(1, c_thought=2), ids=ids),
             "collate": collator.collate_batch,
         } | options
         return StreamLoader(**options)
@@ -106,12 +113,49 @@ def test_missing_slots_are_inert(loader) -> None:
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_fault_is_one_line_from_a_worker_too(loader, num_workers: int) -> None:
-    def stage(features):
-        raise DataError(f"no stage for {features['key']}")
+def test_a_fault_is_one_line_from_a_worker_too(loader, reader, num_workers: int) -> None:
+    def collate(features):
+        raise DataError("no pad token")
 
-    with pytest.raises(DataError, match=r"^no stage for sample-\d+$"):
-        list(loader(stage=stage, num_workers=num_workers))
+    def read(index):
+        raise SourceError("the disk is gone")
+
+    with pytest.raises(DataError, match=r"^no pad token$"):
+        list(loader(collate=collate, num_workers=num_workers))
+    with pytest.raises(SourceError, match=r"^the disk is gone$"):
+        list(loader(dataset=SimpleNamespace(read=read, locate=reader.locate), num_workers=num_workers))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_bad_sample_is_left_out_and_named_and_nothing_else_moves(
+    loader, reader, encoder, ids, num_workers: int
+) -> None:
+    """One slot loses a sample, one loses all; whether it was reading, decoding or the stage that failed."""
+    whole = list(loader())
+    lost = set(whole[1].keys) | {whole[4].keys[0]}
+    unread = next(index for index in range(23) if reader.key(index) == whole[4].keys[0])
+    to_stage = partial(encoder.with_stage, spec=stage_spec(1, c_thought=2), ids=ids)
+
+    def read(index: int) -> Sample:
+        if index == unread:
+            raise DataError("{} (key {}): broken tar header".format(*reader.locate(index)))
+        return reader.read(index)
+
+    def stage(features):
+        if features["key"] in lost:
+            raise DataError("it is too long")
+        return to_stage(features)
+
+    source = SimpleNamespace(read=read, locate=reader.locate)
+    found = list(loader(dataset=source, stage=stage, num_workers=num_workers))
+    assert [batch.keys for batch in found] == [tuple(key for key in one.keys if key not in lost) for one in whole]
+    assert found[1].keys == () and found[1].n_label_tokens == 0
+    bad = bad_samples_of(found)
+    assert {one.key for one in bad} == lost and len(bad) == len(lost)
+    assert {one.reason for one in bad} == {"it is too long", "broken tar header"}
+    for one in bad:
+        assert (one.shard, one.key) in {reader.locate(index) for index in range(23)}
+    assert all(torch.equal(a.tensors["labels"], b.tensors["labels"]) for a, b in zip(found[5:], whole[5:], strict=True))
 
 
 def test_the_process_random_state_is_left_alone(loader) -> None:
@@ -145,6 +189,8 @@ def test_reads_follow_the_plan(reader, loader) -> None:
         def read(self, index: int):
             asked.append(index)
             return reader.read(index)
+
+        locate = reader.locate
 
     one = loader(dataset=Spy())
     list(one)

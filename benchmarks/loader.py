@@ -1,0 +1,216 @@
+"""What the loader costs, against decoding and tiling the same bytes from memory in a plain loop.
+
+    python benchmarks/loader.py [--json FILE] [--memory] [--shards 1000]
+
+Rate: 400 JPEG pictures of four usual sizes (1 to 13 tiles of 448 x 448, 7 on average), read from tars by one loader
+process, encoded, staged and collated into micro-batches of four; the plain loop only decodes and tiles. Both are timed in
+turns, the loop too in a process of its own, and the fastest round of each counts, since other work on the machine only
+ever slows down. --memory: growth of loader process and reader of a pass over 50,000 samples. Resume: opening a set of so
+many shards and going on in the middle of an epoch, to the first batch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+from PIL import Image
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from coconut.data.collate import MultimodalCollator
+from coconut.data.encode import SampleEncoder
+from coconut.data.image import ImageProcessor
+from coconut.data.plan import make_plan
+from coconut.data.shards import ShardReader, write_shards
+from coconut.data.stage_text import build_prompt_template, stage_spec
+from coconut.data.stream import StreamLoader
+from coconut.types import SPECIAL_TOKENS, Batch, Sample
+
+SIZES = ((640, 480), (500, 375), (448, 448), (850, 600))
+MICRO_BATCH = 4
+IMAGE_TOKENS = ["<img>", "<IMG_CONTEXT>", "</img>"]
+
+
+def build_tokenizer() -> Any:
+    words = ["<pad>", "<unk>", "<eos>", "\n", "how", "many", "birds", "are", "there", "three", "###"]
+    core = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n|#+|\w+|[^\w\s#]"), "removed", invert=True)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", unk_token="<unk>", eos_token="<eos>")
+    tokenizer.add_tokens([*IMAGE_TOKENS, *SPECIAL_TOKENS], special_tokens=True)
+    return tokenizer
+
+
+def picture(size: tuple[int, int], seed: int) -> bytes:
+    """A JPEG with detail at several scales, some 60 to 100 kB."""
+    draw = np.random.default_rng(seed)
+    total = np.zeros((size[1], size[0], 3))
+    for cells, weight in ((4, 0.6), (40, 0.3), (160, 0.1)):
+        small = Image.fromarray(draw.integers(0, 256, (cells, cells, 3), dtype=np.uint8))
+        total += weight * np.asarray(small.resize(size, Image.Resampling.BICUBIC))
+    file = io.BytesIO()
+    Image.fromarray(total.astype(np.uint8)).save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
+def samples(n: int, pictures: list[bytes]) -> Iterator[Sample]:
+    for number in range(n):
+        image = (pictures[number % len(pictures)],) if pictures else ()
+        yield Sample(f"sample-{number}", "how many birds are there", ("there are three",) * 3, "three", image)
+
+
+def build_loader(reader: ShardReader, image_size: int, num_workers: int, start: float = 0.0) -> StreamLoader:
+    """One rank's loader of an epoch, beginning at the given share of it."""
+    tokenizer = build_tokenizer()
+    processor = ImageProcessor(image_size, 12 if image_size == 448 else 1)
+    encoder = SampleEncoder(tokenizer, processor, build_prompt_template(tokenizer), (image_size // 28) ** 2)
+    ids = tuple(tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)))
+    costs = reader.costs(processor.num_patches, encoder.tokens_per_patch)
+    plan = make_plan(costs, seed=0, epoch=0, slots=1, samples_per_step=MICRO_BATCH)
+    return StreamLoader(
+        reader,
+        plan,
+        encode=encoder.encode,
+        stage=partial(encoder.with_stage, spec=stage_spec(2), ids=ids),
+        collate=MultimodalCollator(tokenizer, processor, ids[1]).collate_batch,
+        num_workers=num_workers,
+        start_step=int(len(plan) * start),
+    )
+
+
+def plain_loop(contents: list[bytes], sent: Any) -> None:
+    """Decode and tile, in a process of its own as a loader's worker is."""
+    torch.set_num_threads(1)
+    processor = ImageProcessor(448, 12)
+    processor.process_image(contents[0])
+    begin = time.perf_counter()
+    for content in contents:
+        processor.process_image(content)
+    sent.send(time.perf_counter() - begin)
+
+
+def time_plain(contents: list[bytes]) -> float:
+    receive, send = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("fork").Process(target=plain_loop, args=(contents, send))
+    process.start()
+    seconds: float = receive.recv()
+    process.join()
+    return seconds
+
+
+def time_loader(loader: StreamLoader) -> float:
+    """Seconds of an epoch from its first batch on, which begins with the worker's start, to the last."""
+    batches = iter(loader)
+    n_first = len(next(batches).keys)
+    begin = time.perf_counter()
+    n_samples = sum(len(batch.keys) for batch in batches)
+    return (time.perf_counter() - begin) * (n_samples + n_first) / n_samples
+
+
+def measure_rate(folder: Path, rounds: int, n: int) -> dict[str, float]:
+    pictures = [picture(SIZES[number % len(SIZES)], number) for number in range(n)]
+    write_shards(samples(n, pictures), folder, shard_size_mb=8)
+    reader = ShardReader(folder)
+    loader = build_loader(reader, 448, num_workers=1)
+    loader.plan.step(0)
+    times: dict[str, list[float]] = {"loader": [], "plain": []}
+    for _ in range(rounds):
+        times["plain"].append(time_plain(pictures))
+        times["loader"].append(time_loader(loader))
+    rates = {f"{name}_samples_per_s": n / min(values) for name, values in times.items()}
+    return {
+        **rates,
+        "loader_vs_plain": min(times["plain"]) / min(times["loader"]),
+        "tiles_per_sample": float(np.mean([ImageProcessor(448, 12).num_patches(*size) for size in SIZES])),
+        "kB_per_picture": float(np.mean([len(content) for content in pictures]) / 1000),
+    }
+
+
+def resident_mb(process: int) -> float:
+    """Memory of a process that it shares with no other."""
+    lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1000
+
+
+def measure_memory(folder: Path, n: int) -> dict[str, float]:
+    """Growth of reader and worker from a tenth of an epoch on, in MB."""
+    pictures = [picture((56, 56), number) for number in range(200)]
+    write_shards(samples(n, pictures), folder, shard_size_mb=8)
+    loader = build_loader(ShardReader(folder), 56, num_workers=1)
+    early: dict[str, float] = {}
+    seen = 0
+    batch: Batch
+    for batch in loader:
+        seen += len(batch.keys)
+        if not early and seen >= n // 10:
+            early = memory_now()
+        late_due = seen >= n - 20 * MICRO_BATCH
+        if late_due and "late" not in locals():
+            late = memory_now()
+    return {f"{name}_growth_MB": late[name] - early[name] for name in early} | {"samples": seen}
+
+
+def memory_now() -> dict[str, float]:
+    children = multiprocessing.active_children()
+    return {"reader": resident_mb(os.getpid()), "worker": resident_mb(children[0].pid or 0)}
+
+
+def measure_resume(folder: Path, n_shards: int) -> dict[str, float]:
+    """Seconds from nothing open to the first batch in the middle of an epoch."""
+    begin = time.perf_counter()
+    write_shards(samples(n_shards * 100, []), folder, shard_size_mb=100 * 2.5e-3)
+    made = time.perf_counter() - begin
+    begin = time.perf_counter()
+    reader = ShardReader(folder, allow_damage=True)
+    loader = build_loader(reader, 28, num_workers=1, start=0.5)
+    opened = time.perf_counter() - begin
+    next(iter(loader))
+    return {
+        "shards": len(reader.index.shards),
+        "samples": len(reader),
+        "open_s": opened,
+        "first_batch_s": time.perf_counter() - begin,
+        "writing_them_s": made,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the numbers there")
+    parser.add_argument("--rounds", type=int, default=5, help="times that each side is timed")
+    parser.add_argument("--pictures", type=int, default=400)
+    parser.add_argument("--memory", action="store_true", help="also measure memory over 50,000 samples")
+    parser.add_argument("--shards", type=int, default=1000, help="shards of the set that a run goes on with; 0: skip")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    results: dict[str, float | dict[str, float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        results |= measure_rate(Path(folder) / "rate", args.rounds, args.pictures)
+        if args.shards:
+            results["resume"] = measure_resume(Path(folder) / "resume", args.shards)
+        if args.memory:
+            results["memory"] = measure_memory(Path(folder) / "memory", 50_000)
+    for name, value in results.items():
+        print(name, value if isinstance(value, dict) else f"{value:.3f}")
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
