@@ -224,9 +224,12 @@ class _Builder:
         try:
             sample = sample_from_record(raw.value, key=str(raw.index), source=raw.where, image_root=None)
         except DataError as error:
-            identity = raw.value.get("id", raw.index) if isinstance(raw.value, dict) else raw.index
-            return Fault(raw.index, str(identity), raw.where, str(error))
-        outside = [image for image in map(str, sample.images) if ".." in Path(image).parts]
+            identity = raw.value.get("id") if isinstance(raw.value, dict) else None
+            reason = str(error)
+            if identity is not None:
+                reason = reason.replace(raw.where, f"{raw.where} (key {identity})", 1)
+            return Fault(raw.index, str(raw.index if identity is None else identity), raw.where, reason)
+        outside = [image for image in map(str, sample.images) if ".." in image.split("/")]
         if outside and not self.options.parent_paths:
             reason = f"image path {outside[0]} holds '..': set --image-root to a folder above, or allow --parent-paths"
             return _fault(sample, raw, reason)

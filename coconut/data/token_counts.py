@@ -7,8 +7,10 @@ HASH is the tokenizer's: a run whose tokenizer has another one estimates tokens 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,13 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coconut.data.shard_build import Say
-from coconut.data.shard_index import MANIFEST, ShardIndex, file_sha256, fsync_path, read_manifest
+from coconut.data.shard_index import MANIFEST, file_sha256, fsync_path, read_manifest
 from coconut.data.shard_tar import write_fault
 from coconut.data.shard_writer import output_folder, write_manifest
 from coconut.data.shards import ShardReader
 from coconut.data.stage_text import encode_text
 from coconut.data.workers import run_tasks
-from coconut.types import PromptTemplate
+from coconut.types import DataError, PromptTemplate
 
 _CHUNK = 1024  # samples of one task
 
@@ -39,13 +41,21 @@ def tokens_name(tokenizer: Any) -> str:
     return f"tokens.{tokenizer_hash(tokenizer)}.npy"
 
 
-def load_token_counts(index: ShardIndex, tokenizer: Any) -> NDArray[np.uint32] | None:
-    """Tokens by this tokenizer, uint32 [samples, 2], memory-mapped; None if they were not counted."""
+def sample_lengths(
+    reader: ShardReader, tokenizer: Any, num_patches: Callable[[int, int], int], tokens_per_patch: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Tokens of every sample, image tokens included, and of its steps and answer alone; float64 [samples] each.
+
+    Counted if that was done for this tokenizer, else estimated. The prompt's template, which all share, is left out.
+    """
     name = tokens_name(tokenizer)
-    if name not in index.token_files:
-        return None
-    counts = np.asarray(np.load(index.directory / name, mmap_mode="r"))
-    return counts if counts.shape == (len(index), 2) else None
+    if name not in reader.index.token_files:
+        return reader.costs(num_patches, tokens_per_patch), reader.tail_tokens()
+    counts = np.load(reader.directory / name, mmap_mode="r")
+    if counts.shape != (len(reader), 2):
+        raise DataError(f"{reader.directory / name} is not of this set; remove it, and its entry in the manifest")
+    patches = reader.index.patches(num_patches) if len(reader.index.images) else np.zeros(len(reader))
+    return counts.sum(axis=1, dtype=np.float64) + patches * float(tokens_per_patch), counts[:, 1].astype(np.float64)
 
 
 def count_tokens(directory: str | Path, tokenizer: Any, *, n_workers: int = 1, say: Say = lambda *_: None) -> Path:
@@ -86,6 +96,11 @@ def _count(start: int, reader: ShardReader, tokenizer: Any) -> tuple[int, NDArra
     plain = PromptTemplate()
     values = []
     for index in range(start, min(start + _CHUNK, len(reader))):
-        text = encode_text(reader.read(index), tokenizer, plain)
+        sample = dataclasses.replace(reader.read(index), images=())
+        try:
+            text = encode_text(sample, tokenizer, plain)
+        except DataError:  # a run leaves such a sample out, and says why; it costs nothing
+            values.append((0, 0))
+            continue
         values.append((len(text.prompt), sum(map(len, text.steps)) + len(text.answer)))
     return start, np.array(values, dtype=np.uint32)
