@@ -214,7 +214,7 @@ def _groups(path: Path, content: mmap.mmap) -> tuple[list[Group], str]:
         last = groups[-1].members[-1].name
         damage = f"{path} is cut off in member {last!r} (key {groups[-1].key}); copy it again"
     elif not damage and content[end : end + tarfile.BLOCKSIZE].strip(b"\0"):
-        damage = f"{path} has a broken header at byte {end}; copy it again"
+        damage = f"{path} is cut off or broken in a header at byte {end}; copy it again"
     elif not damage and len(content) < end + tarfile.BLOCKSIZE:
         damage = f"{path} lacks the zeros that end a tar: it is cut off at byte {end}; copy it again"
     return groups, damage

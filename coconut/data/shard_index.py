@@ -289,7 +289,7 @@ def _rebuild(directory: str | Path) -> str:
 def _mapped(path: Path) -> NDArray[Any]:
     try:
         return np.asarray(np.load(path, mmap_mode="r"))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # numpy's reading of a damaged header raises anything: TokenError, SyntaxError ...
         raise DataError(f"{path} is damaged: {error}; {_rebuild(path.parent)}") from None
 
 
