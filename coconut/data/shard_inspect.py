@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 _TILE = 112  # pixels of a tile's side in the picture
 _GAP = 4
 _CAPTION = 18  # pixels of a line
-_COLUMNS = 7  # tiles side by side: 13, the most of one image, take two rows
 _INK, _SOFT, _PAPER, _RULE = (29, 33, 38), (95, 102, 112), (255, 255, 255), (228, 225, 218)
 
 
@@ -41,7 +40,7 @@ def inspect_shards(directory: str | Path, n: int, processor: ImageProcessor, pic
         for number, tiles_PCHW in enumerate(tiles, start=1):
             width, height = reader.image_sizes(index)[number - 1]
             caption = f"{sample.key}, image {number}: {width} x {height}, {len(tiles_PCHW)} tiles"
-            sheets.append(contact_sheet(tiles_PCHW, caption))
+            sheets.append(contact_sheet(tiles_PCHW, processor.grid(width, height)[0], caption))
     if not sheets:
         return "\n".join([*lines, "none of these samples has an image: no picture was drawn"])
     stacked(sheets).save(picture)
@@ -61,10 +60,15 @@ def describe(sample: Sample, index: int, sizes: Sequence[tuple[int, int]]) -> li
     return lines
 
 
-def contact_sheet(tiles_PCHW: torch.Tensor, caption: str = "", tile: int = _TILE) -> Image.Image:
-    """Tiles in the order in which the model gets them, `tile` pixels a side, numbered from 1; uint8 [P, 3, H, W]."""
+def contact_sheet(tiles_PCHW: torch.Tensor, columns: int, caption: str = "", tile: int = _TILE) -> Image.Image:
+    """Tiles as they lie in the image, the thumbnail below, numbered in the order in which the model gets them.
+
+    Args:
+        tiles_PCHW: uint8 [P, 3, H, W], of one image.
+        columns: tiles side by side, from `ImageProcessor.grid`.
+        tile: pixels of a tile's side in the picture.
+    """
     n = len(tiles_PCHW)
-    columns = min(n, _COLUMNS)
     rows = -(-n // columns)
     top = _CAPTION if caption else 0
     width = max(columns * (tile + _GAP) + _GAP, 7 * len(caption) + 2 * _GAP)
