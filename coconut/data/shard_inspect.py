@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _TILE = 112  # pixels of a tile's side in the picture
 _GAP = 4
 _CAPTION = 18  # pixels of a line
+_PAGE = 1200  # pixels of the picture's width, about
 _INK, _SOFT, _PAPER, _RULE = (29, 33, 38), (95, 102, 112), (255, 255, 255), (228, 225, 218)
 
 
@@ -39,11 +40,13 @@ def inspect_shards(directory: str | Path, n: int, processor: ImageProcessor, pic
         tiles = [processor.process_image(image) for image in sample.images]
         for number, tiles_PCHW in enumerate(tiles, start=1):
             width, height = reader.image_sizes(index)[number - 1]
-            caption = f"{sample.key}, image {number}: {width} x {height}, {len(tiles_PCHW)} tiles"
-            sheets.append(contact_sheet(tiles_PCHW, processor.grid(width, height)[0], caption))
+            caption = (
+                f"{sample.key}, image {number}: {width} x {height}, {len(tiles_PCHW)} tile{'s' * (len(tiles_PCHW) > 1)}"
+            )
+            sheets.append(contact_sheet(tiles_PCHW, processor.grid(width, height), caption))
     if not sheets:
         return "\n".join([*lines, "none of these samples has an image: no picture was drawn"])
-    stacked(sheets).save(picture)
+    arranged(sheets).save(picture)
     return "\n".join([*lines, f"tiles: {picture}"])
 
 
@@ -60,24 +63,27 @@ def describe(sample: Sample, index: int, sizes: Sequence[tuple[int, int]]) -> li
     return lines
 
 
-def contact_sheet(tiles_PCHW: torch.Tensor, columns: int, caption: str = "", tile: int = _TILE) -> Image.Image:
-    """Tiles as they lie in the image, the thumbnail below, numbered in the order in which the model gets them.
+def contact_sheet(tiles_PCHW: torch.Tensor, grid: tuple[int, int], caption: str = "", tile: int = _TILE) -> Image.Image:
+    """Tiles as they lie in the image, the thumbnail beside them, numbered in the order in which the model gets them.
 
     Args:
         tiles_PCHW: uint8 [P, 3, H, W], of one image.
-        columns: tiles side by side, from `ImageProcessor.grid`.
+        grid: columns and rows of tiles, from `ImageProcessor.grid`; a tile beyond them is the thumbnail.
         tile: pixels of a tile's side in the picture.
     """
     n = len(tiles_PCHW)
-    rows = -(-n // columns)
+    columns, rows = grid
+    has_thumbnail = n > columns * rows
     top = _CAPTION if caption else 0
-    width = max(columns * (tile + _GAP) + _GAP, 7 * len(caption) + 2 * _GAP)
-    sheet = Image.new("RGB", (width, top + rows * (tile + _GAP) + _GAP), _PAPER)
+    step = tile + _GAP
+    width = columns * step + _GAP + has_thumbnail * (step + 3 * _GAP)
+    sheet = Image.new("RGB", (max(width, 7 * len(caption) + 2 * _GAP), top + rows * step + _GAP), _PAPER)
     draw = ImageDraw.Draw(sheet)
     draw.text((_GAP, 3), caption, fill=_INK)
     for number, tile_CHW in enumerate(tiles_PCHW):
-        x = _GAP + number % columns * (tile + _GAP)
-        y = top + _GAP + number // columns * (tile + _GAP)
+        x, y = _GAP + number % columns * step, top + _GAP + number // columns * step
+        if has_thumbnail and number == n - 1:
+            x, y = columns * step + 4 * _GAP, top + _GAP
         drawn = Image.fromarray(tile_CHW.permute(1, 2, 0).contiguous().numpy())
         sheet.paste(drawn.resize((tile, tile), Image.Resampling.BICUBIC), (x, y))
         draw.rectangle((x - 1, y - 1, x + tile, y + tile), outline=_RULE)
@@ -86,11 +92,16 @@ def contact_sheet(tiles_PCHW: torch.Tensor, columns: int, caption: str = "", til
     return sheet
 
 
-def stacked(sheets: Sequence[Image.Image]) -> Image.Image:
-    """Pictures one below the other."""
-    page = Image.new("RGB", (max(sheet.width for sheet in sheets), sum(sheet.height for sheet in sheets)), _PAPER)
-    y = 0
+def arranged(sheets: Sequence[Image.Image]) -> Image.Image:
+    """Pictures in rows, as many side by side as fit into the width of a screen."""
+    places, x, y, height = [], 0, 0, 0
     for sheet in sheets:
-        page.paste(sheet, (0, y))
-        y += sheet.height
+        if x and x + sheet.width > _PAGE:
+            x, y, height = 0, y + height + _CAPTION, 0
+        places.append((x, y))
+        x, height = x + sheet.width + _CAPTION, max(height, sheet.height)
+    width = max(x + sheet.width for (x, _), sheet in zip(places, sheets, strict=True))
+    page = Image.new("RGB", (width, y + height), _PAPER)
+    for place, sheet in zip(places, sheets, strict=True):
+        page.paste(sheet, place)
     return page

@@ -52,7 +52,7 @@ class PreviewRow:
     steps_gone: int  # leading written steps that the text leaves out
     image_sizes: list[tuple[int, int]]  # pixels
     tiles: list[torch.Tensor]  # of each image, uint8 [P, 3, H, W]
-    columns: list[int]  # of each image, tiles side by side
+    grids: list[tuple[int, int]]  # of each image, columns and rows of tiles
     planned_cost: float  # tokens, as the plan estimates them
 
     def count(self, kind: str) -> int:
@@ -206,10 +206,10 @@ def _row(
     gone = preview.stages.spec(drawn).n_skip_steps
     n_steps = len(sample.steps)
     tiles: list[torch.Tensor] = []
-    columns: list[int] = []
+    grids: list[tuple[int, int]] = []
     if tiles_PCHW is not None and processor is not None:
         tiles = list(tiles_PCHW.split([processor.num_patches(*size) for size in sizes]))
-        columns = [processor.grid(*size)[0] for size in sizes]
+        grids = [processor.grid(*size) for size in sizes]
     return PreviewRow(
         key=key,
         index=index,
@@ -219,7 +219,7 @@ def _row(
         steps_gone=n_steps if gone is None else min(gone, n_steps),
         image_sizes=sizes,
         tiles=tiles,
-        columns=columns,
+        grids=grids,
         planned_cost=float(preview.train.costs_N[index]),
     )
 

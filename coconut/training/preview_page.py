@@ -74,7 +74,7 @@ def row_facts(row: PreviewRow) -> list[tuple[str, str]]:
     )
     return [
         ("images", sizes or "none"),
-        ("tokens", f"{row.length:,}, of an image {row.count('image'):,}"),
+        ("tokens", f"{row.length:,} ({row.count('image'):,} of images)"),
         ("thoughts", f"{row.count('latent')} for {row.steps_gone} of {len(row.sample.steps)} steps"),
         ("label tokens", f"{row.count('label'):,}"),
         ("planned cost", f"{row.planned_cost:,.0f} tokens"),
@@ -110,7 +110,7 @@ def _row(row: PreviewRow) -> dict[str, Any]:
         "pictures": [
             {
                 "source": _picture(row, number),
-                "width": min(_TILE * row.columns[number], _SHEET),
+                "width": min(_TILE * (row.grids[number][0] + (len(row.tiles[number]) > 1)), _SHEET),
                 "alt": f"tiles of image {number + 1}",
             }
             for number in range(len(row.tiles))
@@ -126,8 +126,8 @@ def _row(row: PreviewRow) -> dict[str, Any]:
 
 
 def _picture(row: PreviewRow, number: int) -> str:
-    columns = row.columns[number]
-    sheet = contact_sheet(row.tiles[number], columns, tile=min(_TILE, _SHEET // columns))
+    grid = row.grids[number]
+    sheet = contact_sheet(row.tiles[number], grid, tile=min(_TILE, _SHEET // (grid[0] + 1)))
     file = io.BytesIO()
     # Photographs as JPEG, a tenth of the bytes; small pictures as they are.
     is_large = sheet.width * sheet.height > 300_000
