@@ -39,7 +39,7 @@ from coconut.data.workers import run_tasks
 from coconut.types import DataError, Sample
 
 _CHUNK = 2048  # records looked through in one task
-_LOCK_PATIENCE_S = 3.0  # the workers of a killed run end by themselves, but not in the same instant
+LOCK_PATIENCE_S = 3.0  # the workers of a killed run end by themselves, but not in the same instant
 Say = Callable[[str, int, int, int], None]  # (phase, tasks done, tasks, samples done)
 
 
@@ -143,7 +143,7 @@ def build_shards(
     if not len(records):
         raise DataError(f"{data} holds zero samples")
     builder = _Builder(records, root, out, options)
-    with output_folder(out, _LOCK_PATIENCE_S):
+    with output_folder(out, LOCK_PATIENCE_S):
         survey = builder.survey(n_workers, say)
         source = {
             "data_sha256": file_sha256(data),
@@ -337,7 +337,8 @@ def _tasks(survey: Survey, limit: int) -> Iterator[ShardTask]:
 def _is_complete(out: Path, source: dict[str, Any], newest_ns: int) -> Built | None:
     """What is there, when it is a whole set of just this input; DataError when it is something else."""
     if not (out / MANIFEST).is_file():
-        if any(out.glob("*.tar")) and not (out / PARTIAL).is_dir():
+        # Not those of an unfinished run, whose last act may have been to move some of them here.
+        if any(out.glob("*.tar")) and not (out / PARTIAL / MANIFEST).is_file():
             raise DataError(
                 f"{out} holds tars but no {MANIFEST}: index them with --index-only, choose another --out, "
                 "or replace them with --force"

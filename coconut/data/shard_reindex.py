@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coconut.data.foreign_tar import index_tar
-from coconut.data.shard_build import Built, Say
+from coconut.data.shard_build import LOCK_PATIENCE_S, Built, Say
 from coconut.data.shard_index import IndexPart
 from coconut.data.shard_part import load_part, part_path, save_part
 from coconut.data.shard_writer import PARTIAL, commit_index, output_folder, sample_hash
@@ -53,7 +53,7 @@ def index_shards(
         raise DataError(f"{out / compressed[0]} is compressed and cannot be read by offset; unpack it to a .tar first")
     if not tars:
         raise DataError(f"{out} holds no .tar files to index")
-    with output_folder(out):
+    with output_folder(out, LOCK_PATIENCE_S):
         try:
             (out / PARTIAL).mkdir(exist_ok=True)
         except OSError as error:

@@ -124,8 +124,10 @@ def test_a_set_of_other_input_is_kept_unless_forced(main, data, tmp_path, capsys
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     shutil.copy(out / "shard-000000.tar", foreign / "shard-000000.tar")
+    (foreign / ".partial").mkdir()  # as an --index-only that failed leaves it
     assert make(main, data, foreign) == 2
     assert "holds tars but no manifest.json" in capsys.readouterr().err
+    assert (foreign / "shard-000000.tar").is_file()
 
 
 def killed_at_sync(main, n: int, arguments: tuple) -> bool:
