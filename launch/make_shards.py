@@ -1,21 +1,27 @@
 """Shard a JSON or JSONL data file: WebDataset tars and an index, which training reads.
 
-python launch/make_shards.py data.json --out shards/train
-python launch/make_shards.py data.json --out shards/train --image-root images --shard-size 256
-python launch/make_shards.py --out shards/train --verify
+    python launch/make_shards.py data.json --out shards/train
+    python launch/make_shards.py data.jsonl --out shards/train --image-root images --shard-size 256 --workers 8
+    python launch/make_shards.py --out shards/train --verify           check everything; exit code 1 on any difference
+    python launch/make_shards.py --out shards/train --inspect 6        print samples, draw their tiles
+    python launch/make_shards.py --out tars --index-only               index WebDataset tars that are there already
+
+A run that was killed goes on where it was: give the same command again. The format is described in docs/data_format.md.
+Exit codes: 0 done; 1 --verify found a difference; 2 the input or the disk is at fault, one line on stderr says how.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from coconut.types import Sample
+    from coconut.data.shard_build import Built
 
 # Run from a clone, the project's root is not on the path, but this folder is.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -25,54 +31,161 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="make_shards.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("data", nargs="?", type=Path, help="JSON list of records, or JSONL (the README shows one)")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the shards; made, or its set replaced")
-    parser.add_argument("--image-root", type=Path, help="folder of the images (default: that of the data file)")
-    parser.add_argument("--shard-size", type=float, default=64.0, metavar="MB", help="size of a tar (default: 64)")
-    parser.add_argument(
-        "--verify", action="store_true", help="check all checksums and decode all images (of --out alone without data)"
-    )
+    add = parser.add_argument
+    add("data", nargs="?", type=Path, help="JSON list of records, or JSONL (the README shows one)")
+    add("--out", type=Path, required=True, help="folder of the shards; made if missing")
+    add("--image-root", type=Path, help="folder of the images (default: that of the data file)")
+    add("--shard-size", type=float, default=64.0, metavar="MB", help="size of a tar (default: %(default)g)")
+    add("--max-side", type=int, metavar="N", help="encode larger images anew, N pixels on the longer side")
+    add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: one a core)")
+    add("--skip-bad", action="store_true", help="leave bad records out and list them in OUT/bad_samples.jsonl")
+    add("--parent-paths", action="store_true", help="allow '..' in the paths of images")
+    add("--force", action="store_true", help="replace shards that were made from other input")
+    add("--index-only", action="store_true", help="write the index of the tars in --out, and leave them as they are")
+    add("--tokenizer", metavar="PATH", help="also count tokens with the tokenizer of this model folder or hub id")
+    add("--verify", action="store_true", help="check all checksums, all members and all images of --out")
+    add("--inspect", nargs="?", type=int, const=4, metavar="N", help="print N samples (default: 4), draw their tiles")
+    add("--image-size", type=int, default=448, help="side of a tile that --inspect draws (default: %(default)s)")
+    add("--max-num-patches", type=int, default=12, help="tiles of an image that it draws (default: %(default)s)")
     arguments = parser.parse_args(argv)
-    if arguments.data is None and not arguments.verify:
-        parser.error("name a data file, or --verify to check the shards in --out")
-    if arguments.data is None and arguments.image_root is not None:
-        parser.error("--image-root goes with a data file")
+    if arguments.data is not None and arguments.index_only:
+        parser.error("--index-only indexes the tars in --out; it takes no data file")
+    actions = (arguments.data, arguments.index_only, arguments.tokenizer, arguments.verify, arguments.inspect)
+    if not any(action not in (None, False) for action in actions):
+        parser.error("name a data file, or one of --verify, --inspect, --index-only, --tokenizer for shards in --out")
+    if arguments.data is None:
+        for name in ("image_root", "max_side"):
+            if getattr(arguments, name) is not None:
+                parser.error(f"--{name.replace('_', '-')} goes with a data file")
+    for name in ("workers", "inspect", "image_size", "max_num_patches"):
+        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
     return arguments
 
 
-def with_progress(samples: Sequence[Sample]) -> Iterator[Sample]:
-    """Pass samples on, and say on a terminal how many have passed."""
-    said_at = 0.0
-    for number, sample in enumerate(samples):
-        if sys.stderr.isatty() and time.monotonic() - said_at > 0.5:
-            said_at = time.monotonic()
-            print(f"\rsharding: {number} of {len(samples)} samples ", end="", file=sys.stderr, flush=True)
-        yield sample
-    if said_at:
-        print("\r\033[K", end="", file=sys.stderr)
+class Progress:
+    """Says how far a phase is: a bar on a terminal, else a line every ten seconds."""
+
+    def __init__(self) -> None:
+        self.is_terminal = sys.stderr.isatty()
+        self.phase, self.began, self.said_at = "", 0.0, 0.0
+
+    def __call__(self, phase: str, done: int, tasks: int, samples: int) -> None:
+        now = time.monotonic()
+        if phase != self.phase:
+            self.phase, self.began, self.said_at = phase, now, now
+        if now - self.said_at < (0.2 if self.is_terminal else 10.0):
+            return
+        self.said_at = now
+        seconds = max(now - self.began, 1e-9)
+        line = f"{phase}: {done} of {tasks}, {samples:,} samples, {samples / seconds:,.0f}/s"
+        line += f", {seconds * (tasks - done) / done:.0f} s left"
+        if self.is_terminal:
+            filled = round(20 * done / tasks)
+            print(f"\r[{'#' * filled}{'.' * (20 - filled)}] {line}\033[K", end="", file=sys.stderr, flush=True)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    def clear(self) -> None:
+        if self.is_terminal:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 when the input or the disk is at fault (one line on stderr says how)."""
+    """Returns the exit code."""
     arguments = parse_arguments(argv)
     # Imported here, so that --help answers at once.
-    from coconut.data.sample import read_samples
-    from coconut.data.shards import ShardReader, write_shards
-    from coconut.types import DataError
+    from coconut.types import CoconutError
 
+    progress = Progress()
     try:
-        if arguments.data is not None:
-            samples = read_samples(arguments.data, image_root=arguments.image_root)
-            write_shards(with_progress(samples), arguments.out, arguments.shard_size)
-        reader = ShardReader(arguments.out)
-        print(f"{arguments.out}: {len(reader)} samples in {len(reader.index.shards)} shards")
-        if arguments.verify:
-            reader.verify()
-            print("verified: every checksum, every sample, every image")
-    except (DataError, OSError) as error:
+        return run(arguments, progress)
+    except (CoconutError, OSError) as error:
+        progress.clear()
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        progress.clear()
+        print("stopped; give the same command again to go on", file=sys.stderr)
+        return 130
+
+
+def run(arguments: argparse.Namespace, progress: Progress) -> int:
+    """Make, count, check and show, as far as asked for."""
+    out = arguments.out
+    if arguments.data is not None:
+        make(arguments, progress)
+    if arguments.index_only:
+        index(arguments, progress)
+    if arguments.tokenizer:
+        from coconut.data.token_counts import count_tokens
+        from coconut.utils.tokenizer import load_tokenizer
+
+        path = count_tokens(out, load_tokenizer(arguments.tokenizer), n_workers=arguments.workers, say=progress)
+        progress.clear()
+        print(f"tokens of {arguments.tokenizer}: {path}")
+    if arguments.verify:
+        from coconut.data.shard_verify import verify_shards
+
+        differences = verify_shards(out, n_workers=arguments.workers, say=progress)
+        progress.clear()
+        if differences:
+            for line in differences:
+                print(f"difference: {line}", file=sys.stderr)
+            return 1
+        print("verified: every checksum, every sample, every image")
+    if arguments.inspect is not None:
+        from coconut.data.image import ImageProcessor
+        from coconut.data.shard_inspect import inspect_shards
+
+        processor = ImageProcessor(arguments.image_size, arguments.max_num_patches)
+        print(inspect_shards(out, arguments.inspect, processor, out / "inspect.png"))
     return 0
+
+
+def make(arguments: argparse.Namespace, progress: Progress) -> None:
+    """Data file -> shards."""
+    from coconut.data.shard_build import BuildOptions, build_shards
+
+    options = BuildOptions(arguments.shard_size, arguments.max_side, arguments.skip_bad, arguments.parent_paths)
+    built = build_shards(
+        arguments.data,
+        arguments.out,
+        options,
+        image_root=arguments.image_root,
+        n_workers=arguments.workers,
+        force=arguments.force,
+        say=progress,
+    )
+    progress.clear()
+    if built.was_complete:
+        print(f"{arguments.out} is complete already")
+    elif built.kept:
+        print(f"{arguments.out}: went on; {built.kept} shards were whole already")
+    report(arguments.out, built)
+
+
+def index(arguments: argparse.Namespace, progress: Progress) -> None:
+    """Tars -> their index."""
+    from coconut.data.shard_reindex import index_shards
+
+    built, unread = index_shards(
+        arguments.out, skip_bad=arguments.skip_bad, n_workers=arguments.workers, say=progress
+    )  # fmt: skip
+    progress.clear()
+    report(arguments.out, built)
+    print(f"members read: json, txt and images{not_read(unread)}")
+
+
+def report(out: Path, built: Built) -> None:
+    print(f"{out}: {built.samples} samples in {built.shards} shards")
+    if built.skipped:
+        print(f"{built.skipped} bad samples were skipped; {out / 'bad_samples.jsonl'} names each with its reason")
+
+
+def not_read(unread: Counter[str]) -> str:
+    kinds = ", ".join(f"{kind} ({count})" for kind, count in sorted(unread.items()))
+    return f"; not read: {kinds}" if kinds else ""
 
 
 if __name__ == "__main__":

@@ -149,7 +149,7 @@ class ImageProcessor:
         pixels_HWC = np.asarray(open_image(image_path))
         pixels_CHW = torch.from_numpy(pixels_HWC.transpose(2, 0, 1).copy())
         height, width = pixels_CHW.shape[1:]
-        columns, rows = self._grid(width, height)
+        columns, rows = self.grid(width, height)
         if (width, height) == (self.image_size, self.image_size) and columns * rows == 1:
             return pixels_CHW.unsqueeze(0)  # what the tiler would return, without its fixed cost
         tiler = self._transformers_tiler()
@@ -174,11 +174,12 @@ class ImageProcessor:
 
     def num_patches(self, width: int, height: int) -> int:
         """Rows that an upright image of this size takes in pixel_values, thumbnail included."""
-        columns, rows = self._grid(width, height)
+        columns, rows = self.grid(width, height)
         tiles = columns * rows
         return tiles + (1 if self.use_thumbnail and tiles > 1 else 0)
 
-    def _grid(self, width: int, height: int) -> tuple[int, int]:
+    def grid(self, width: int, height: int) -> tuple[int, int]:
+        """Columns and rows of tiles that an upright image of this size is cut into, the thumbnail not counted."""
         max_patches = self.max_num_patches if self.dynamic_preprocess else 1
         return (1, 1) if max_patches == 1 else _best_grid(width, height, self.image_size, max_patches)
 

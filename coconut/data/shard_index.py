@@ -5,10 +5,15 @@
     index.images.npy        uint32 [images, 2]: upright width and height in pixels
     index.steps.npy         uint32 [steps]: characters of each written step
     index.keys.npy          uint8 [bytes]: the keys as UTF-8, one after another
+    index.checksums.npy     uint32 [samples]: CRC-32 of each sample's bytes in its tar
+    tokens.HASH.npy         uint32 [samples, 2], if counted: tokens by one tokenizer (`token_counts`)
     manifest.json           names, sizes and SHA-256 of all of the above; written last
 
-A row points into the three side arrays, which hold what varies in number. Nothing here depends on a
-tokenizer or an image size: patch counts and token estimates are derived when a run is planned.
+A row points into the side arrays, which hold what varies in number. Nothing here depends on an image size:
+patch counts are derived when a run is planned. Only the token counts, an extra, depend on a tokenizer.
+
+The index of a set is made of *parts*, one a shard, which know nothing of each other: so shards can be made in any
+order, and parts joined by appending.
 """
 
 from __future__ import annotations
@@ -17,7 +22,7 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +35,8 @@ from coconut.types import DataError, Sample
 FORMAT = "coconut-shards"
 VERSION = 1
 MANIFEST = "manifest.json"
+#: Whose members a set's tars hold: those that we write, or anybody's (see `foreign_tar`).
+NATIVE, FOREIGN = "native", "foreign"
 
 ROW = np.dtype(
     [
@@ -48,7 +55,15 @@ ROW = np.dtype(
 )
 _ROW_STRUCT = struct.Struct("<QQQQQIIIHHH")
 assert _ROW_STRUCT.size == ROW.itemsize
-_ARRAYS = ("rows", "images", "steps", "keys")
+#: Type and shape of an entry of each array.
+ARRAYS: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {
+    "rows": (ROW, ()),
+    "images": (np.dtype("<u4"), (2,)),
+    "steps": (np.dtype("<u4"), ()),
+    "keys": (np.dtype("u1"), ()),
+    "checksums": (np.dtype("<u4"), ()),
+}
+_REQUIRED = ("rows", "images", "steps", "keys")  # sets written earlier have no checksums of samples
 _LARGEST_COUNT = 65535  # of images, of steps, of bytes in a key
 
 
@@ -62,98 +77,125 @@ class ShardFile:
     sha256: str
 
 
+@dataclass(frozen=True)
+class IndexPart:
+    """What the index says of one shard, as if there were no other.
+
+    Attributes:
+        shard: the tar; None when none of its samples could be used.
+        arrays: by name, see `ARRAYS`.
+        lengths: of the arrays.
+        skipped: samples left out, as {"key", "reason", "source"}.
+        layout: NATIVE or FOREIGN.
+    """
+
+    shard: ShardFile | None
+    arrays: Mapping[str, NDArray[Any]]
+    lengths: Mapping[str, int]
+    skipped: tuple[dict[str, str], ...] = ()
+    layout: str = NATIVE
+
+
 class IndexBuilder:
-    """Collects rows while shards are written, some 60 bytes a sample plus its key."""
+    """Collects the rows of one shard."""
 
     def __init__(self) -> None:
-        self._rows, self._images, self._steps, self._keys = bytearray(), bytearray(), bytearray(), bytearray()
-        self._seen: set[str] = set()
+        self._buffers = {name: bytearray() for name in ARRAYS}
 
     def __len__(self) -> int:
-        return len(self._seen)
+        return len(self._buffers["rows"]) // ROW.itemsize
 
-    def add(self, sample: Sample, sizes: Sequence[tuple[int, int]], *, shard: int, offset: int, size: int) -> None:
+    def add(self, sample: Sample, sizes: Sequence[tuple[int, int]], *, offset: int, size: int, checksum: int) -> None:
         """Append a sample whose images have the given widths and heights.
 
         Raises:
-            DataError: its key was used before, or it is too large for a row.
+            DataError: it is too large for a row.
         """
-        where = sample.source or sample.key
-        key = sample.key.encode()
-        if sample.key in self._seen:
-            raise DataError(f"{where}: the key {sample.key!r} was used by an earlier sample; keys must be unique")
+        key, buffers = sample.key.encode(), self._buffers
         for count, what in ((len(key), "bytes in its key"), (len(sizes), "images"), (len(sample.steps), "steps")):
             if count > _LARGEST_COUNT:
+                where = sample.source or sample.key
                 raise DataError(f"{where} has {count} {what}; an index row counts to {_LARGEST_COUNT}")
-        self._rows += _ROW_STRUCT.pack(
+        buffers["rows"] += _ROW_STRUCT.pack(
             offset,
             size,
-            len(self._keys),
-            len(self._images) // 8,
-            len(self._steps) // 4,
-            shard,
+            len(buffers["keys"]),
+            len(buffers["images"]) // 8,
+            len(buffers["steps"]) // 4,
+            0,
             len(sample.question),
             len(sample.answer),
             len(key),
             len(sizes),
             len(sample.steps),
         )
-        self._keys += key
-        self._images += b"".join(struct.pack("<II", width, height) for width, height in sizes)
-        self._steps += b"".join(struct.pack("<I", len(step)) for step in sample.steps)
-        self._seen.add(sample.key)
+        buffers["keys"] += key
+        buffers["images"] += b"".join(struct.pack("<II", width, height) for width, height in sizes)
+        buffers["steps"] += b"".join(struct.pack("<I", len(step)) for step in sample.steps)
+        buffers["checksums"] += struct.pack("<I", checksum)
 
-    def arrays(self) -> dict[str, NDArray[Any]]:
-        """The index's arrays by name."""
-        return {
-            "rows": np.frombuffer(self._rows, dtype=ROW),
-            "images": np.frombuffer(self._images, dtype="<u4").reshape(-1, 2),
-            "steps": np.frombuffer(self._steps, dtype="<u4"),
-            "keys": np.frombuffer(self._keys, dtype=np.uint8),
+    def part(self, shard: ShardFile | None, skipped: Iterable[dict[str, str]], layout: str = NATIVE) -> IndexPart:
+        """What was collected."""
+        arrays = {
+            name: np.frombuffer(self._buffers[name], dtype=dtype).reshape(-1, *shape)
+            for name, (dtype, shape) in ARRAYS.items()
         }
+        return IndexPart(shard, arrays, {name: len(array) for name, array in arrays.items()}, tuple(skipped), layout)
+
+
+def shifted_rows(rows: NDArray[Any], shard: int, lengths: Mapping[str, int]) -> NDArray[Any]:
+    """A part's rows as they stand in the index of the whole set, where arrays of `lengths` come before its own."""
+    rows = rows.copy()
+    rows["shard"] = shard
+    for field, name in (("key_start", "keys"), ("image_start", "images"), ("step_start", "steps")):
+        rows[field] += np.uint64(lengths[name])
+    return rows
 
 
 class ShardIndex:
     """A read-only, memory-mapped index and its manifest.
+
+    Args:
+        directory: folder of the shards.
+        check_shards: whether every tar must be there at its full size; `shard_verify` looks more closely itself.
 
     Raises:
         DataError: no manifest (not shards, or their writing was cut short), another version, or a file
             that is missing or of another size than when it was written.
     """
 
-    def __init__(self, directory: str | Path) -> None:
+    def __init__(self, directory: str | Path, *, check_shards: bool = True) -> None:
         self.directory = Path(directory)
+        manifest = read_manifest(self.directory)
         path = self.directory / MANIFEST
         try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise DataError(
-                f"{self.directory} has no {MANIFEST}: it holds no shards, or writing them was cut short; "
-                f"write them with python launch/make_shards.py DATA.json --out {self.directory}"
-            ) from None
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path} cannot be read: {error}") from None
-        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
-            raise DataError(f"{path} is not of format {FORMAT}, version {VERSION}; write the shards again")
-        try:
             self.shards = [ShardFile(**entry) for entry in manifest["shards"]]
-            self.files = {index_name(name): manifest["index"][index_name(name)] for name in _ARRAYS}
+            self.files = {index_name(name): manifest["index"][index_name(name)] for name in _REQUIRED}
+            extra = index_name("checksums")
+            self.files |= {extra: manifest["index"][extra]} if extra in manifest["index"] else {}
+            self.token_files = dict(manifest.get("tokens", {}))
+            self.layout: str = manifest.get("layout", NATIVE)
             n_samples = int(manifest["samples"])
+            expected = self.expected_bytes()
         except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{path} is damaged: {error!r}; write the shards again") from None
-        for name, n_bytes in self.expected_bytes().items():
+            raise DataError(f"{path} is damaged: {error!r}; {_rebuild(self.directory)}") from None
+        for name, n_bytes in expected.items():
             if Path(name).name != name:
                 raise DataError(f"{path} names {name!r}, which is not in its own folder")
+            if not check_shards and name.endswith(".tar"):
+                continue
             file = self.directory / name
             found = file.stat().st_size if file.is_file() else None
             if found != n_bytes:
                 state = "is missing" if found is None else f"is {found} bytes long instead of {n_bytes}"
-                raise DataError(f"{file} {state}; copy or write the shards again")
+                mend = "copy or write the shards again" if name.endswith(".tar") else _rebuild(self.directory)
+                raise DataError(f"{file} {state}; {mend}")
         # Plain arrays over the mapped files: indexing np.memmap itself is several times slower.
-        arrays = {name: np.asarray(np.load(self.directory / index_name(name), mmap_mode="r")) for name in _ARRAYS}
-        self.rows, self.images, self.steps, self.keys = (arrays[name] for name in _ARRAYS)
+        arrays = {name: _mapped(self.directory / index_name(name)) for name in ARRAYS if index_name(name) in self.files}
+        self.rows, self.images, self.steps, self.keys = (arrays[name] for name in _REQUIRED)
+        self.checksums: NDArray[np.uint32] | None = arrays.get("checksums")
         if self.rows.dtype != ROW or len(self.rows) != n_samples:
-            raise DataError(f"{self.directory}: the index does not match its manifest; write the shards again")
+            raise DataError(f"{self.directory}: the index does not match its manifest; {_rebuild(self.directory)}")
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -161,12 +203,12 @@ class ShardIndex:
     def expected_bytes(self) -> dict[str, int]:
         """Size of every file that the manifest names."""
         sizes = {shard.name: shard.bytes for shard in self.shards}
-        return sizes | {name: entry["bytes"] for name, entry in self.files.items()}
+        return sizes | {name: entry["bytes"] for name, entry in (self.files | self.token_files).items()}
 
     def expected_sha256(self) -> dict[str, str]:
         """Checksum of every file that the manifest names."""
         sums = {shard.name: shard.sha256 for shard in self.shards}
-        return sums | {name: entry["sha256"] for name, entry in self.files.items()}
+        return sums | {name: entry["sha256"] for name, entry in (self.files | self.token_files).items()}
 
     def key(self, index: int) -> str:
         row = self.rows[index]
@@ -197,15 +239,58 @@ def index_name(name: str) -> str:
     return f"index.{name}.npy"
 
 
-def manifest_text(shards: Sequence[ShardFile], index: dict[str, dict[str, Any]], samples: int) -> str:
-    values = {
+def read_manifest(directory: str | Path) -> dict[str, Any]:
+    """The manifest of a set.
+
+    Raises:
+        DataError: there is none, or none of this format and version.
+    """
+    path = Path(directory) / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise DataError(
+            f"{directory} has no {MANIFEST}: it holds no shards, or writing them was cut short; "
+            f"write them with python launch/make_shards.py DATA.json --out {directory}"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {error}; {_rebuild(directory)}") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
+        raise DataError(f"{path} is not of format {FORMAT}, version {VERSION}; {_rebuild(directory)}")
+    return manifest
+
+
+def manifest_text(
+    shards: Sequence[ShardFile],
+    index: Mapping[str, Mapping[str, Any]],
+    samples: int,
+    *,
+    layout: str = NATIVE,
+    skipped: int = 0,
+    source: Mapping[str, Any] | None = None,
+) -> str:
+    """A manifest; `source` says what the set was made of, to know it again, `skipped` how many samples were bad."""
+    values: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
+        "layout": layout,
         "samples": samples,
+        "skipped": skipped,
         "shards": [vars(shard) for shard in shards],
         "index": index,
     }
-    return json.dumps(values, indent=1, sort_keys=True) + "\n"
+    return json.dumps(values | ({"source": source} if source is not None else {}), indent=1, sort_keys=True) + "\n"
+
+
+def _rebuild(directory: str | Path) -> str:
+    return f"rebuild the index from the tars with python launch/make_shards.py --index-only --out {directory}"
+
+
+def _mapped(path: Path) -> NDArray[Any]:
+    try:
+        return np.asarray(np.load(path, mmap_mode="r"))
+    except Exception as error:  # numpy's reading of a damaged header raises anything: TokenError, SyntaxError ...
+        raise DataError(f"{path} is damaged: {error}; {_rebuild(path.parent)}") from None
 
 
 def file_sha256(path: str | Path) -> str:

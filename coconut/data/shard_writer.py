@@ -1,10 +1,10 @@
-"""Samples -> WebDataset tars and their index, deterministically and atomically.
+"""Samples -> a folder of shards and its index, deterministically and atomically.
 
-    Samples --> .tmp-shard-000000.tar ... --> .tmp-index.*.npy --> all renamed --> manifest.json
+    Samples --> .partial/shard-000000.tar ... --> .partial/index.*.npy --> all renamed --> manifest.json
 
-Deterministic: the same samples give the same bytes. Atomic: everything is written under temporary names,
-flushed to disk and renamed when all of it is complete, and the manifest comes last. So a run that was
-killed leaves either the old set or a folder that a reader refuses, never half a set that looks whole.
+Everything is written in a folder of its own, flushed to disk and moved when all of it is complete, and the manifest
+comes last. So a run that was killed leaves either the old set or a folder that a reader refuses, never half a set that
+looks whole. `shard_build` does the same from a data file, in several processes, and goes on where it was killed.
 """
 
 from __future__ import annotations
@@ -12,40 +12,35 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
-import io
 import json
 import os
-from collections.abc import Iterable, Iterator
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from coconut.data.image import image_header
-from coconut.data.sample import record_from_sample
 from coconut.data.shard_index import (
+    ARRAYS,
+    FOREIGN,
     MANIFEST,
-    IndexBuilder,
-    ShardFile,
+    NATIVE,
+    IndexPart,
     file_sha256,
     fsync_path,
     index_name,
     manifest_text,
+    shifted_rows,
 )
+from coconut.data.shard_tar import TarFile, padded, sample_members, write_fault
 from coconut.types import DataError, Sample
 
 DEFAULT_SHARD_MB = 64.0
-#: Fixed owner and time: the same samples give the same bytes.
-_TAR_OPTIONS: dict[str, Any] = {
-    "user": "",
-    "group": "",
-    "mode": 0o644,
-    "mtime": 0,
-    "compress": False,
-    "encoder": False,
-}
-_TEMPORARY = ".tmp-"
+PARTIAL = ".partial"
+BAD_SAMPLES = "bad_samples.jsonl"
 
 
 def write_shards(samples: Iterable[Sample], out_dir: str | Path, shard_size_mb: float = DEFAULT_SHARD_MB) -> int:
@@ -59,117 +54,165 @@ def write_shards(samples: Iterable[Sample], out_dir: str | Path, shard_size_mb: 
     Raises:
         DataError: a missing or unreadable image, a repeated key, zero samples, or another writer at work.
     """
+    out = Path(out_dir)
+    limit = shard_bytes(shard_size_mb)
+    with output_folder(out):
+        partial = out / PARTIAL
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        try:
+            parts = _write_tars(samples, partial, limit)
+            return commit(out, parts)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def shard_bytes(shard_size_mb: float) -> int:
+    """Bytes of a shard, at most (but for a sample that is larger on its own)."""
     if shard_size_mb <= 0:
         raise DataError(f"shard size is {shard_size_mb} MB; it must be above 0")
-    out = Path(out_dir)
+    return int(shard_size_mb * 1e6)
+
+
+def shard_name(number: int) -> str:
+    return f"shard-{number:06d}.tar"
+
+
+def _write_tars(samples: Iterable[Sample], folder: Path, limit: int) -> list[IndexPart]:
+    parts: list[IndexPart] = []
+    tar: TarFile | None = None
+    seen: set[str] = set()
+    for number, sample in enumerate(samples):
+        if sample.key in seen:
+            where = sample.source or sample.key
+            raise DataError(f"{where}: the key {sample.key!r} was used by an earlier sample; keys must be unique")
+        seen.add(sample.key)
+        members, sizes = sample_members(sample)
+        if tar is not None and tar.offset + sum(padded(len(content)) for content in members.values()) > limit:
+            parts.append(tar.close())
+            tar = None
+        tar = tar or TarFile(folder / shard_name(len(parts)))
+        tar.add(number, sample, members, sizes)
+    return parts + ([tar.close()] if tar is not None else [])
+
+
+def commit(out: Path, parts: Sequence[IndexPart], source: Mapping[str, Any] | None = None) -> int:
+    """Put a complete set, whose tars lie in ``out/.partial``, in the old one's place; the order is what makes it safe.
+
+    A tar that a killed commit has moved already stays where it is.
+
+    Returns:
+        the number of samples.
+    """
+    n_samples = sum(part.lengths["rows"] for part in parts)
+    if not n_samples:
+        raise DataError(f"zero samples to write to {out}")
+    partial = out / PARTIAL
+    shards = [part.shard for part in parts if part.shard is not None]
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        index = write_index(parts, partial)
+        (out / MANIFEST).unlink(missing_ok=True)
+        fsync_path(out)
+        for name in [*(shard.name for shard in shards), *index]:
+            if (partial / name).exists():
+                (partial / name).replace(out / name)
+        names = {shard.name for shard in shards}
+        _remove(stale for stale in out.glob("shard-*.tar") if stale.name not in names)
+        _finish(out, parts, index, source)
     except OSError as error:
-        raise DataError(f"{out} cannot be made: {error}") from None
-    with locked(out, wait=False):
-        _remove(out.glob(f"{_TEMPORARY}*"))
-        try:
-            shards, builder = _write_tars(samples, out, int(shard_size_mb * 1e6))
-            if not len(builder):
-                raise DataError(f"zero samples to write to {out}")
-            _commit(out, shards, builder)
-        finally:
-            _remove(out.glob(f"{_TEMPORARY}*"))
-    return len(builder)
+        raise write_fault(error, out) from None
+    return n_samples
 
 
-def _write_tars(samples: Iterable[Sample], out: Path, limit: int) -> tuple[list[ShardFile], IndexBuilder]:
-    """Write all tars under temporary names."""
-    from webdataset.writer import TarWriter  # here, since it imports torch
-
-    builder = IndexBuilder()
-    shards: list[ShardFile] = []
-    pending = _payloads(samples)
-    payload = next(pending, None)
-    while payload is not None:
-        name = f"shard-{len(shards):06d}.tar"
-        first = len(builder)
-        with _HashedFile(out / (_TEMPORARY + name)) as file, TarWriter(file, **_TAR_OPTIONS) as writer:
-            while payload is not None:
-                sample, members, sizes = payload
-                start = writer.tarstream.offset
-                if start and start + sum(map(len, members.values())) > limit:
-                    break
-                writer.write({"__key__": f"{len(builder):09d}", **members})
-                end = writer.tarstream.offset
-                builder.add(sample, sizes, shard=len(shards), offset=start, size=end - start)
-                payload = next(pending, None)
-        shards.append(ShardFile(name, file.n_bytes, len(builder) - first, file.digest.hexdigest()))
-    return shards, builder
+def commit_index(out: Path, parts: Sequence[IndexPart]) -> int:
+    """Write the index of tars that lie in `out` already; returns the number of samples."""
+    n_samples = sum(part.lengths["rows"] for part in parts)
+    if not n_samples:
+        raise DataError(f"{out}: the tars hold zero samples that can be used")
+    try:
+        index = write_index(parts, out / PARTIAL)
+        (out / MANIFEST).unlink(missing_ok=True)
+        fsync_path(out)
+        for name in index:
+            (out / PARTIAL / name).replace(out / name)
+        _finish(out, parts, index, None)
+    except OSError as error:
+        raise write_fault(error, out) from None
+    return n_samples
 
 
-def _payloads(samples: Iterable[Sample]) -> Iterator[tuple[Sample, dict[str, bytes], list[tuple[int, int]]]]:
-    """Each sample with its tar members and the sizes of its images."""
-    for sample in samples:
-        members: dict[str, bytes] = {}
-        sizes = []
-        for number, image in enumerate(sample.images):
-            where = f"{sample.source or sample.key} (key {sample.key})"
-            try:
-                content = image if isinstance(image, bytes) else Path(image).read_bytes()
-                width, height, suffix = image_header(content)
-            except OSError as error:
-                raise DataError(f"{where}: image {image!r} cannot be read: {error.strerror}") from None
-            except DataError as error:
-                named = f" {image}" if isinstance(image, str) else ""
-                raise DataError(f"{where}, image {number + 1}{named}: {error}") from None
-            members[f"{number}.{suffix}"] = content
-            sizes.append((width, height))
-        record = record_from_sample(sample, members)
-        record["id"] = sample.key
-        members["json"] = json.dumps(record, ensure_ascii=False, sort_keys=True).encode()
-        yield sample, members, sizes
-
-
-def _commit(out: Path, shards: list[ShardFile], builder: IndexBuilder) -> None:
-    """Put the new set in the old one's place; the order is what makes it safe."""
-    index: dict[str, dict[str, Any]] = {}
-    for name, array in builder.arrays().items():
-        temporary = out / (_TEMPORARY + index_name(name))
-        np.save(temporary, array)
-        fsync_path(temporary)
-        index[index_name(name)] = {"bytes": temporary.stat().st_size, "sha256": file_sha256(temporary)}
-    names = [shard.name for shard in shards] + list(index)
-    (out / MANIFEST).unlink(missing_ok=True)
+def _finish(out: Path, parts: Sequence[IndexPart], index: Mapping[str, Any], source: Mapping[str, Any] | None) -> None:
+    """What follows once tars and index have their names: the list of bad samples, and last the manifest."""
+    _remove([*out.glob("tokens.*.npy"), out / BAD_SAMPLES])  # of the set that was here before
+    skipped = [entry for part in parts for entry in part.skipped]
+    if skipped:
+        lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in skipped)
+        (out / BAD_SAMPLES).write_text(lines, encoding="utf-8")
+        fsync_path(out / BAD_SAMPLES)
+    shards = [part.shard for part in parts if part.shard is not None]
+    n_samples = sum(shard.samples for shard in shards)
+    layout = NATIVE if all(part.layout == NATIVE for part in parts) else FOREIGN
     fsync_path(out)
-    for name in names:
-        (out / (_TEMPORARY + name)).replace(out / name)
-    _remove(stale for stale in out.glob("shard-*.tar") if stale.name not in names)
-    fsync_path(out)
-    temporary = out / (_TEMPORARY + MANIFEST)
-    temporary.write_text(manifest_text(shards, index, len(builder)), encoding="utf-8")
+    text = manifest_text(shards, index, n_samples, layout=layout, skipped=len(skipped), source=source)
+    write_manifest(out, text)
+    shutil.rmtree(out / PARTIAL, ignore_errors=True)
+
+
+def write_manifest(out: Path, text: str) -> None:
+    """Put a manifest in place, whole or not at all."""
+    temporary = out / f".{MANIFEST}.tmp"
+    temporary.write_text(text, encoding="utf-8")
     fsync_path(temporary)
     temporary.replace(out / MANIFEST)
     fsync_path(out)
 
 
-class _HashedFile(io.RawIOBase):
-    """A new file that knows its length and checksum, and is on disk when closed."""
+def write_index(parts: Sequence[IndexPart], folder: Path) -> dict[str, dict[str, Any]]:
+    """Join parts to the arrays of a whole set, one part in memory at a time.
 
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("wb")
-        self.digest = hashlib.sha256()
-        self.n_bytes = 0
+    Returns:
+        size and checksum of each file, by its name.
+    """
+    totals = {name: sum(part.lengths[name] for part in parts) for name in ARRAYS}
+    index: dict[str, dict[str, Any]] = {}
+    for name, (dtype, shape) in ARRAYS.items():
+        path = folder / index_name(name)
+        before = dict.fromkeys(ARRAYS, 0)
+        n_shards = 0
+        with path.open("wb") as file:
+            header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False}
+            np.lib.format.write_array_header_1_0(file, header | {"shape": (totals[name], *shape)})
+            for part in parts:
+                array = part.arrays[name]
+                file.write((shifted_rows(array, n_shards, before) if name == "rows" else array).tobytes())
+                n_shards += part.shard is not None
+                before = {key: count + part.lengths[key] for key, count in before.items()}
+        fsync_path(path)
+        index[path.name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+    return index
 
-    def writable(self) -> bool:
-        return True
 
-    def write(self, data: Any) -> int:
-        self.digest.update(data)
-        self.n_bytes += len(data)
-        return self._file.write(data)
-
-    def close(self) -> None:
-        if not self.closed:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-        super().close()
+@contextmanager
+def output_folder(out: Path, patience_s: float = 0.0) -> Iterator[None]:
+    """Make a folder for shards and hold it against other writers; wait so long for one that is about to end."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{out} cannot be made: {error}") from None
+    give_up = time.monotonic() + patience_s
+    while True:
+        held = locked(out, wait=False)
+        try:
+            held.__enter__()
+            break
+        except DataError:
+            if time.monotonic() >= give_up:
+                raise
+            time.sleep(0.1)
+    try:
+        yield
+    finally:
+        held.__exit__(None, None, None)
 
 
 @contextmanager
@@ -188,6 +231,11 @@ def locked(folder: Path, *, wait: bool) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def sample_hash(key: str) -> int:
+    """64 bits of a key's hash, to find repeated keys among many without holding them."""
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
 
 
 def _remove(paths: Iterable[Path]) -> None:

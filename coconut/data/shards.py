@@ -24,10 +24,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coconut.config.checks import looks_remote
+from coconut.data.foreign_tar import read_foreign
 from coconut.data.image import image_header, open_image
 from coconut.data.remote import RemoteShards, open_remote
 from coconut.data.sample import read_samples, sample_from_record, summary
-from coconut.data.shard_index import MANIFEST, VERSION, ShardIndex, file_sha256
+from coconut.data.shard_index import FOREIGN, MANIFEST, VERSION, ShardIndex, file_sha256
 from coconut.data.shard_writer import locked
 from coconut.data.shard_writer import write_shards as write_shards
 from coconut.types import DataError, Sample, SourceError
@@ -118,7 +119,10 @@ class ShardReader:
             raise SourceError(f"{where} cannot be read: {error.strerror}") from None
         if len(block) != size:
             raise DataError(f"{where}: the shard ends {size - len(block)} bytes before the sample does")
-        sample = _sample_from_members(_members(block, where), source=shard.name, where=where)
+        if self.index.layout == FOREIGN:
+            sample = read_foreign(block, shard.name, where)
+        else:
+            sample = _sample_from_members(_members(block, where), source=shard.name, where=where)
         if sample.key != key:
             raise DataError(f"{where}: the shard holds key {sample.key!r} here; index and shard do not match")
         return sample

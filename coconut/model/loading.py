@@ -45,16 +45,7 @@ def load_model(cls: type[MultimodalCoconut], model_id: str | Path, config: Any =
     """See `MultimodalCoconut.from_pretrained`."""
     tokenizer = load_tokenizer(str(model_id))
     start_id, latent_id, end_id = special_token_ids(tokenizer)
-    try:
-        raw_config, _ = PreTrainedConfig.get_config_dict(str(model_id))
-        is_original = raw_config.get("model_type") == original_internvl.MODEL_TYPE
-        if is_original:
-            image_token_id = tokenizer.convert_tokens_to_ids(original_internvl.CONTEXT_TOKEN)
-            hf_config = original_internvl.convert_config(raw_config, image_token_id)
-        else:
-            hf_config = AutoConfig.from_pretrained(str(model_id))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model_id {str(model_id)!r} has no readable config.json: {error}") from error
+    hf_config, raw_config, image_token_id = _read_config(model_id, tokenizer)
     adapter = backbone_class(hf_config.model_type)
     options: dict[str, Any] = {"dtype": "auto"}
     keep_alive = None
@@ -63,7 +54,7 @@ def load_model(cls: type[MultimodalCoconut], model_id: str | Path, config: Any =
         options["attn_implementation"] = config.attn_implementation
         keep_alive = _enter_zero3(config, hf_config)
     try:
-        if is_original:
+        if image_token_id is not None:
             base_model = original_internvl.load_original(str(model_id), raw_config, image_token_id, options)
         else:
             base_model = adapter.auto_class.from_pretrained(str(model_id), **options)
@@ -78,6 +69,30 @@ def load_model(cls: type[MultimodalCoconut], model_id: str | Path, config: Any =
         _configure(model, config)
     _read_own_weights(model, Path(model_id))
     return model
+
+
+def load_outline(model_id: str | Path, tokenizer: Any) -> Backbone:
+    """A model without its weights (on torch's meta device): for its configuration and its number of image tokens.
+
+    Raises:
+        ConfigError: no such folder, or a model family that is not supported.
+    """
+    hf_config, _, _ = _read_config(model_id, tokenizer)
+    adapter = backbone_class(hf_config.model_type)
+    with torch.device("meta"):
+        return adapter(adapter.auto_class._from_config(hf_config))
+
+
+def _read_config(model_id: str | Path, tokenizer: Any) -> tuple[Any, dict[str, Any], int | None]:
+    """transformers' configuration, the file as it is, and in the original InternVL format the image token's id."""
+    try:
+        raw_config, _ = PreTrainedConfig.get_config_dict(str(model_id))
+        if raw_config.get("model_type") != original_internvl.MODEL_TYPE:
+            return AutoConfig.from_pretrained(str(model_id)), raw_config, None
+        image_token_id = tokenizer.convert_tokens_to_ids(original_internvl.CONTEXT_TOKEN)
+        return original_internvl.convert_config(raw_config, image_token_id), raw_config, image_token_id
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model_id {str(model_id)!r} has no readable config.json: {error}") from error
 
 
 def _configure(model: MultimodalCoconut, config: Any) -> None:

@@ -20,6 +20,7 @@ from coconut.data.encode import SampleEncoder
 from coconut.data.plan import make_plan
 from coconut.data.shards import ShardReader, open_dataset
 from coconut.data.stream import StreamLoader
+from coconut.data.token_counts import sample_lengths, tokens_name
 from coconut.training.stages import StageManager
 from coconut.types import ConfigError, DataError, SourceError
 from coconut.utils.distributed import get_rank, get_world_size, on_main_first
@@ -37,6 +38,8 @@ class Split:
 
     reader: ShardReader
     costs_N: NDArray[np.float64]
+    tails_N: NDArray[np.float64]  # tokens of steps and answer, which costs_N count too
+    token_counts: str | None  # file of the counts that these are taken from; None: estimated from characters
 
     def __len__(self) -> int:
         return len(self.costs_N)
@@ -69,14 +72,16 @@ def open_split(config: Any, key: str, encoder: SampleEncoder, limit: int | None 
     reader = open_path()
     processor = encoder.image_processor
     num_patches = processor.num_patches if processor is not None else lambda width, height: 0
-    costs_N = reader.costs(num_patches, encoder.tokens_per_patch)[:limit]
+    lengths = sample_lengths(reader, encoder.tokenizer, num_patches, encoder.tokens_per_patch)
+    costs_N, tails_N = (values_N[:limit] for values_N in lengths)
     if len(costs_N) < get_world_size():
         count = f"{len(costs_N)} sample{'' if len(costs_N) == 1 else 's'}"
         raise ConfigError(
             f"{key}: {path} holds {count}, fewer than the {get_world_size()} ranks of this run; "
             "give more data or start fewer ranks"
         )
-    return Split(reader, costs_N)
+    name = tokens_name(encoder.tokenizer)
+    return Split(reader, costs_N, tails_N, name if name in reader.index.token_files else None)
 
 
 def _look_at_some(reader: ShardReader, key: str, encoder: SampleEncoder) -> None:
@@ -135,7 +140,7 @@ class TrainingInputs:
         if self.train is None:
             raise ConfigError("train_data_path is not set; name the training data")
         costs_N = self.train.costs_N
-        tails_N = self.train.reader.tail_tokens()[: len(costs_N)]
+        tails_N = self.train.tails_N
         plan = make_plan(
             costs_N,
             seed=self.config.seed,

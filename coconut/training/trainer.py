@@ -74,8 +74,10 @@ class MultimodalCoTTrainer:
         encoder = SampleEncoder(tokenizer, image_processor, template, model.tokens_per_patch, config.max_length)
         self.collator = MultimodalCollator(tokenizer, image_processor, model.latent_token_id, config.pad_to_multiple_of)
         self.inputs = TrainingInputs(config, encoder, self.collator, self.stages, model.latent_ids)
+        # The plan hangs on costs: a resumed run must not begin to take them from counts made in between.
+        costs_from = {"token_counts": self.inputs.train.token_counts if self.inputs.train is not None else None}
         self.checkpoints = CheckpointFolder(
-            self.run_dir / "checkpoints", config.max_checkpoints, fixed_settings(config)
+            self.run_dir / "checkpoints", config.max_checkpoints, fixed_settings(config) | costs_from
         )
         self.log = RunLog(self.run_dir, self.stages)
         self.bad_samples = BadSampleReport(self.run_dir, config.max_bad_fraction)

@@ -55,7 +55,7 @@ def test_samples_come_back_as_they_went(shards, samples) -> None:
 def test_shards_keep_their_size_and_leave_nothing_else(shards) -> None:
     names = {path.name for path in shards.iterdir()}
     assert {name for name in names if not name.startswith("shard-")} == {
-        "index.rows.npy", "index.images.npy", "index.steps.npy", "index.keys.npy", MANIFEST,
+        "index.rows.npy", "index.images.npy", "index.steps.npy", "index.keys.npy", "index.checksums.npy", MANIFEST,
     }  # fmt: skip
     reader = ShardReader(shards)
     assert sum(shard.samples for shard in reader.index.shards) == len(reader)
