@@ -202,8 +202,8 @@ def _row(
     sample = reader.read(index)
     sizes = reader.image_sizes(index)
     seed = preview.config.seed
-    drawn = preview.stages.stage_of_sample(key, len(sample.steps), stage, seed=seed, epoch=epoch)
-    gone = preview.stages.spec(drawn).n_skip_steps
+    spec = preview.stages.spec_of_sample(key, len(sample.steps), stage, seed=seed, epoch=epoch)
+    gone = spec.n_skip_steps
     n_steps = len(sample.steps)
     tiles: list[torch.Tensor] = []
     grids: list[tuple[int, int]] = []
@@ -213,7 +213,7 @@ def _row(
     return PreviewRow(
         key=key,
         index=index,
-        stage=drawn,
+        stage=spec.stage,
         spans=spans,
         sample=sample,
         steps_gone=n_steps if gone is None else min(gone, n_steps),
