@@ -24,38 +24,60 @@ Floats = NDArray[np.float64]
 
 #: Slots and groups of a pattern, about; enough kinds of slots to choose from, few enough to search in seconds.
 _PATTERN_SLOTS, _PATTERN_GROUPS, _PATTERN_GROUP = 64, 16, 16
+#: Lengths and prompts that differ by less than one part in so many count as equal.
+LIKE_LENGTH, LIKE_PROMPT = 200, 400
 #: A budget leaves this much of the samples that it could hold: the search needs room.
-ROOM = 0.92
+ROOM = 0.87
 
 
-def like(values: NDArray) -> Ints:
-    """Classes of values that differ by about 1 %, so that what differs by a few tokens is shuffled."""
+def like(values: NDArray, fraction: int) -> Ints:
+    """Classes of values that differ by about 1 / `fraction`, so that what differs by a few tokens is shuffled."""
     edges, edge, most = [], 1, float(values.max(initial=1.0))
     while edge <= most:
         edges.append(edge)
-        edge += max(edge // 100, 1)
+        edge += max(edge // fraction, 1)
     return np.searchsorted(np.array(edges), values, side="right")
 
 
+def like_length_order(lengths_N: NDArray) -> Ints:
+    """Positions sorted by length, the longest first; those of like length keep their order."""
+    return np.argsort(-like(lengths_N, LIKE_LENGTH), kind="stable")
+
+
 def pattern_for(
-    costs_N: Floats, lengths_N: NDArray, *, n_steps: int, samples: int, slots: int, group: int, budget: float
+    costs_N: Floats,
+    prompts_N: NDArray,
+    lengths_N: NDArray,
+    *,
+    n_steps: int,
+    samples: int,
+    slots: int,
+    group: int,
+    budget: float,
 ) -> Pattern:
     """The pattern of steps of `samples` samples, of the whole data set.
 
     Large groups and steps are made of repeats of a smaller pattern; small steps are searched several at a time.
     """
     if samples <= slots:  # a sample a slot, and some slots empty
-        return Pattern(1, slots // group, group, samples, tuple((item,) if item < samples else () for item in range(slots)))
+        return Pattern(
+            1, slots // group, group, samples, tuple((item,) if item < samples else () for item in range(slots))
+        )
     group_small, groups_small = _divisor(group, _PATTERN_GROUP), _divisor(slots // group, _PATTERN_GROUPS)
     repeats = slots // (group_small * groups_small)
     steps = max(-(-_PATTERN_GROUPS // groups_small), -(-_PATTERN_SLOTS // (groups_small * group_small)))
     steps = min(steps, n_steps)
     n_items = steps * -(-samples // repeats)
-    quantiles = (2 * np.arange(n_items) + 1) * len(costs_N) // (2 * n_items)
-    items = np.argsort(-lengths_N, kind="stable")[quantiles]
+    order = like_length_order(lengths_N)
+    items = order[(2 * np.arange(n_items) + 1) * len(order) // (2 * n_items)]
+    first = np.arange(n_items) * len(order) // n_items
+    # The share of the prompt is the block's, not that of the one sample in its middle.
+    sums = [np.add.reduceat(np.asarray(values, np.float64)[order], first) for values in (prompts_N, lengths_N)]
+    prompts = np.round(lengths_N[items] * sums[0] / np.maximum(sums[1], 1e-9))
     return find_pattern(
         tuple(costs_N[items].tolist()),
-        tuple(lengths_N[items].tolist()),
+        tuple(prompts.tolist()),
+        tuple((lengths_N[items] - prompts).tolist()),
         steps=steps,
         groups=groups_small,
         group=group_small,
@@ -126,40 +148,45 @@ def pack(
     blocks = _blocks(pattern, members, prompts_N, lengths_N)
 
     width = group // pattern.group  # slots of a group made after one slot of the pattern
-    chosen: list[Ints] = []  # samples of each pattern slot's copies, copy after copy
-    counts, costs = (np.zeros((n_steps, slots), dtype) for dtype in (np.int64, np.float64))
-    places = []  # of each pattern slot's copies, in steps x slots
-    draws: Ints = np.zeros(0, np.int64)
-    for number in range(len(pattern.slots)):
+    units = repeats // width  # of `width` slots, in a step, made after one slot of the pattern
+    copies: list[tuple[Ints, Ints]] = []  # samples of each pattern slot's copies, copy after copy; where they go
+    counts, costs = np.zeros((n_steps, slots), np.int64), np.zeros((n_steps, slots))
+    for number, present in enumerate(members):
         kind, place = divmod(number, per_step)
-        of_kind = np.flatnonzero(kind_of_step == kind)
-        n_copies = per_kind[kind] * repeats
-        present = members[number]
+        n_copies = present.shape[1]
         samples = np.zeros(present.shape, np.int64)
         for row, item in enumerate(pattern.slots[number]):
             samples[row, present[row]] = blocks[item]
         cost = np.where(present, costs_N[samples], 0.0).sum(axis=0)
         by_cost = np.argsort(-cost, kind="stable")
-        if place % pattern.group == 0:  # units of `width` copies of like cost go to a random step, all slots of a group alike
-            draws = np.argsort(hashed(n_copies // width, f"group\0{number}"), kind="stable")
-        unit = draws[np.arange(n_copies) // width]
-        units = repeats // width  # of a step
-        step = of_kind[unit // units]
+        # Units of like cost go to a step at random, the same for all slots of a group.
+        unit = np.argsort(hashed(n_copies // width, f"group\0{number // pattern.group}"), kind="stable")
+        unit = np.repeat(unit, width)
+        step = np.flatnonzero(kind_of_step == kind)[unit // units]
         slot = place * repeats + unit % units * width + np.arange(n_copies) % width
         counts[step, slot] = present[:, by_cost].sum(axis=0)
         costs[step, slot] = cost[by_cost]
-        places.append(step * slots + slot)
-        chosen.append(samples.T[by_cost][present.T[by_cost]])
-    # Written slot after slot, the costliest of a step first.
+        copies.append((samples.T[by_cost][present.T[by_cost]], step * slots + slot))
+    return _written(copies, counts, costs)
+
+
+def _written(copies: list[tuple[Ints, Ints]], counts: Ints, costs: Floats) -> tuple[Ints, Ints]:
+    """All samples in one row and the sizes of slots, step after step, the costliest slot of each first.
+
+    Args:
+        copies: samples of some slots, slot after slot, and these slots' places in the steps x slots.
+        counts, costs: [steps, slots], of each slot.
+    """
+    n_steps, slots = counts.shape
     order = np.argsort(-costs, axis=1, kind="stable")
-    sizes = np.take_along_axis(counts, order, axis=1).reshape(-1)
+    sizes: Ints = np.take_along_axis(counts, order, axis=1).reshape(-1)
     begins = np.empty(n_steps * slots, np.int64)
     begins[(order + slots * np.arange(n_steps)[:, None]).reshape(-1)] = np.cumsum(sizes) - sizes
-    packed = np.empty(len(costs_N), np.int64)
-    for samples, place in zip(chosen, places, strict=True):
+    row = np.empty(int(sizes.sum()), np.int64)
+    for samples, place in copies:
         size = counts.reshape(-1)[place]
-        packed[np.repeat(begins[place] - (np.cumsum(size) - size), size) + np.arange(len(samples))] = samples
-    return packed, sizes
+        row[np.repeat(begins[place] - (np.cumsum(size) - size), size) + np.arange(len(samples))] = samples
+    return row, sizes
 
 
 def _members(pattern: Pattern, copies: Ints, n_samples: int) -> list[NDArray[np.bool_]]:
@@ -192,8 +219,8 @@ def _blocks(pattern: Pattern, members: list[NDArray[np.bool_]], prompts_N: NDArr
     sizes = np.zeros(pattern.n_items, np.int64)
     for items, present in zip(pattern.slots, members, strict=True):
         sizes[list(items)] = present.sum(axis=1)
-    order = np.argsort(-like(lengths_N), kind="stable")
-    prompt = like(prompts_N)[order]
+    order = like_length_order(lengths_N)
+    prompt = like(prompts_N, LIKE_PROMPT)[order]
     ends = np.cumsum(sizes)
     blocks = []
     for first, last in zip(ends - sizes, ends, strict=True):

@@ -22,14 +22,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, pairwise
+from math import fsum  # correctly rounded, unlike sum(), whose digits depend on the version of Python
 from statistics import pvariance
 
-#: Moves tried for each slot of a pattern; about 2 s for the largest patterns.
-MOVES_PER_SLOT = 1000
+#: Moves tried for each slot of a pattern, and at most: some 3 s.
+MOVES_PER_SLOT, MOST_MOVES = 1000, 300_000
 #: Excess cost of the costliest slot of a group, and padding, that weigh as much as one unit of composition.
-_BALANCE_SCALE, _PADDING_SCALE = 0.02, 0.02
-#: Excess above which a group weighs threefold: for the tail, not the mean.
-_WORST = 0.05
+_BALANCE_SCALE, _PADDING_SCALE = 0.02, 0.018
+#: Excess above which a group weighs so much more: for the tail, not the mean.
+_WORST, _WORST_WEIGHT = 0.04, 20.0
 #: Weight of a step's variance of shares, of mean length and of number of samples, each as a multiple of a shuffle's.
 _COMPOSITION = 0.5
 #: Weight of cost above the budget, in mean slots.
@@ -62,7 +63,8 @@ class Pattern:
 @lru_cache(maxsize=8)  # the epochs of a run share one
 def find_pattern(
     costs: tuple[float, ...],
-    lengths: tuple[float, ...],
+    prompts: tuple[float, ...],
+    tails: tuple[float, ...],
     *,
     steps: int,
     groups: int,
@@ -73,14 +75,15 @@ def find_pattern(
     """Search for a pattern.
 
     Args:
-        costs, lengths: of the items, the longest first; at least as many as slots.
+        costs, prompts, tails: of the items, the longest first; at least as many as slots. The length of an item is
+            tokens of its prompt and of what follows it (its tail).
         steps, groups, group: steps of the pattern, groups of a step, slots of a group.
         repeats: a step of the epoch holds each slot of the pattern so often.
         budget: the most that a slot of several samples should cost, padding included.
     """
     n_slots, n_items = steps * groups * group, len(costs)
-    search = _Search(costs, lengths, steps, groups, group, repeats, budget)
-    search.run(MOVES_PER_SLOT * n_slots)
+    search = _Search(costs, prompts, tails, steps, groups, group, repeats, budget)
+    search.run(min(MOVES_PER_SLOT * n_slots, MOST_MOVES))
     return Pattern(steps, groups, group, n_items, tuple(tuple(sorted(items)) for items in search.items))
 
 
@@ -90,17 +93,19 @@ class _Search:
     def __init__(
         self,
         costs: Sequence[float],
-        lengths: Sequence[float],
+        prompts: Sequence[float],
+        tails: Sequence[float],
         steps: int,
         groups: int,
         group: int,
         repeats: int,
         budget: float,
     ) -> None:
-        self.costs, self.lengths = costs, lengths
+        self.costs, self.prompts, self.tails = costs, prompts, tails
+        lengths = [prompt + tail for prompt, tail in zip(prompts, tails, strict=True)]
         self.group, self.per_step, self.steps = group, groups * group, steps
         self.n_slots, self.n_groups, self.n_items = steps * groups * group, steps * groups, len(costs)
-        self.total_length = sum(lengths)
+        self.total_length = fsum(lengths) or 1.0
         self.ramp = 1.0  # weight of composition
         self.budget, self.mean_length = budget, self.total_length / self.n_slots
         self.random = random.Random(0).random  # its stream is promised not to change
@@ -110,11 +115,11 @@ class _Search:
         for slot, items in enumerate(self.items):
             for item in items:
                 self.slot_of[item] = slot
-        self.cost = [sum(costs[item] for item in items) for items in self.items]
+        self.cost = [fsum(costs[item] for item in items) for items in self.items]
         self.padded = [self._padded(items) for items in self.items]
         self.excess = [self._excess(number) for number in range(self.n_groups)]
-        self.imbalance = sum(self.excess) / self.n_groups
-        self.padding = sum(self.padded) / self.total_length - 1
+        self.imbalance = fsum(self.excess) / self.n_groups
+        self.padding = fsum(self.padded) / self.total_length - 1
 
         # Composition: shares of classes, mean length and number of samples, against a shuffle's variance.
         n_mean = self.n_items / steps  # items a step
@@ -131,11 +136,11 @@ class _Search:
         self.scales = [1 / steps / max(value, 1e-9) for value in expected]
         self.weights = [_COMPOSITION / _CLASSES] * _CLASSES + [_COMPOSITION, _COMPOSITION]
         # The variance of each over steps, as a multiple of what is expected of a shuffle.
-        squares = [sum(values[place] ** 2 for values in self.surplus) for place in range(_CLASSES + 2)]
+        squares = [fsum(values[place] ** 2 for values in self.surplus) for place in range(_CLASSES + 2)]
         self.variances = [square * scale for square, scale in zip(squares, self.scales, strict=True)]
 
     def _start(self) -> list[list[int]]:
-        """Runs of consecutive items of about equal cost, grouped by cost; where groups are single slots, step by step."""
+        """Runs of consecutive items of about equal cost, grouped by cost; step by step if a group is one slot."""
         if self.group == 1:  # nothing to balance: begin with even steps
             hands = [list(range(step, self.n_items, self.steps)) for step in range(self.steps)]
             return [run for hand in hands for run in self._runs(hand, self.per_step)]
@@ -159,7 +164,7 @@ class _Search:
             bounds.append(end)
         bounds.append(len(items))
         runs = [items[first:last] for first, last in pairwise(bounds)]
-        return sorted(runs, key=lambda run: -sum(self.costs[item] for item in run))
+        return sorted(runs, key=lambda run: -fsum(self.costs[item] for item in run))
 
     def run(self, moves: int) -> None:
         for move in range(moves):
@@ -205,7 +210,7 @@ class _Search:
         if change > threshold + 2 / self.n_groups:
             return  # beyond what the rest is likely to make good; most moves end here
 
-        moved = sum(self.costs[item] for item in from_a) - sum(self.costs[item] for item in from_b)
+        moved = fsum(self.costs[item] for item in from_a) - fsum(self.costs[item] for item in from_b)
         self.cost[a] -= moved
         self.cost[b] += moved
         group_a, group_b = a // self.group, b // self.group
@@ -217,18 +222,9 @@ class _Search:
 
         step_a, step_b = a // self.per_step, b // self.per_step
         if step_a != step_b:
-            surplus_a, surplus_b = self.surplus[step_a].copy(), self.surplus[step_b].copy()
-            for items, loser, winner in ((from_a, surplus_a, surplus_b), (from_b, surplus_b, surplus_a)):
-                self._count(items, loser, -1)
-                self._count(items, winner, 1)
-            variances = [
-                before + scale * (in_a * in_a - old_a * old_a + in_b * in_b - old_b * old_b)
-                for before, scale, in_a, old_a, in_b, old_b in zip(
-                    self.variances, self.scales, surplus_a, self.surplus[step_a], surplus_b, self.surplus[step_b],
-                    strict=True,
-                )
-            ]  # fmt: skip
-            change += self.ramp * sum(
+            surplus_a, surplus_b = self._surplus_after(step_a, step_b, from_a, from_b)
+            variances = self._variances_after(step_a, step_b, surplus_a, surplus_b)
+            change += self.ramp * fsum(
                 weight * (new * new - old * old)
                 for weight, new, old in zip(self.weights, variances, self.variances, strict=True)
             )
@@ -247,8 +243,32 @@ class _Search:
         for item in from_b:
             self.slot_of[item] = a
 
+    def _surplus_after(
+        self, step_a: int, step_b: int, from_a: list[int], from_b: list[int]
+    ) -> tuple[list[float], list[float]]:
+        surplus_a, surplus_b = self.surplus[step_a].copy(), self.surplus[step_b].copy()
+        for items, loser, winner in ((from_a, surplus_a, surplus_b), (from_b, surplus_b, surplus_a)):
+            self._count(items, loser, -1)
+            self._count(items, winner, 1)
+        return surplus_a, surplus_b
+
+    def _variances_after(self, step_a: int, step_b: int, surplus_a: list[float], surplus_b: list[float]) -> list[float]:
+        return [
+            before + scale * (new_a * new_a - old_a * old_a + new_b * new_b - old_b * old_b)
+            for before, scale, new_a, old_a, new_b, old_b in zip(
+                self.variances,
+                self.scales,
+                surplus_a,
+                self.surplus[step_a],
+                surplus_b,
+                self.surplus[step_b],
+                strict=True,
+            )
+        ]
+
     def _padded(self, items: list[int]) -> float:
-        return len(items) * self.lengths[min(items)]
+        prompts, tails = self.prompts, self.tails
+        return len(items) * (max([prompts[item] for item in items]) + max([tails[item] for item in items]))
 
     def _over(self, padded: float, n_items: int) -> float:
         """Penalty of a slot above the budget; a single item cannot be split."""
@@ -257,10 +277,10 @@ class _Search:
         return _BUDGET * (padded - self.budget) / self.mean_length / self.n_slots
 
     def _excess(self, number: int) -> float:
-        """By how much the costliest slot of a group exceeds its mean, as a fraction; what is above `_WORST` thrice."""
+        """By how much the costliest slot of a group exceeds its mean, as a fraction; more if above `_WORST`."""
         costs = self.cost[number * self.group : (number + 1) * self.group]
-        excess = max(costs) * self.group / sum(costs) - 1
-        return excess + 2 * max(excess - _WORST, 0.0)
+        excess = max(costs) * self.group / (fsum(costs) or 1.0) - 1
+        return excess + _WORST_WEIGHT * max(excess - _WORST, 0.0)
 
     def _count(self, items: list[int], surplus: list[float], sign: int) -> None:
         for item in items:

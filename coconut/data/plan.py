@@ -10,9 +10,8 @@ once a pass, whatever the epoch's length. A step takes the next samples of the r
 take one, and about equal cost. Rank r of W runs the slots s with s % W == r, so neither the samples of a
 step nor those of a slot depend on the number of ranks, and a position is two integers: epoch and step.
 
-With ``balance="cost"`` the number of samples in a slot varies instead (`packing`): pools of the row are packed into
-slots of like length, and slots that run at the same time cost the same. A step then holds fewer long samples or more
-short ones, so its mean length varies more from step to step than a shuffle's would.
+With ``balance="cost"`` the number of samples in a slot varies instead (`packing`): slots hold samples of like length,
+slots that run at the same time cost the same, and each step has its share of every length.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from coconut.data import packing
 from coconut.types import DataError
 
 BALANCES = ("none", "count", "cost")
-#: Samples that are packed together; enough for groups of equal cost, few enough to sort in a moment.
+#: Samples that are packed together: a bound on memory.
 POOL = 1 << 21
 #: Samples of which the budget is estimated.
 SUBSET = 1 << 17
@@ -96,7 +95,8 @@ def make_plan(
         seed: draws the order of every pass.
         epoch: counted from 0.
         slots: micro-batches of an optimizer step over all ranks.
-        samples_per_step: most samples of an optimizer step over all ranks; with ``cost``, their mean.
+        samples_per_step: most samples of an optimizer step over all ranks; with ``cost``, as many as a budget
+            of the costliest sample allows, if this is one a slot.
         samples_per_epoch: length of an epoch; None is the whole data set.
         balance: ``none`` takes samples as they come, ``count`` deals equal counts of about equal cost, ``cost`` packs
             samples of like length up to a cost budget.
@@ -151,7 +151,14 @@ def _packed(
     budget, samples = budget_of(costs, lengths, slots, samples_per_step)
     n_steps = -(-len(row) // samples)
     pattern = packing.pattern_for(
-        costs, lengths, n_steps=n_steps, samples=-(-len(row) // n_steps), slots=slots, group=group, budget=budget
+        costs,
+        prompts,
+        lengths,
+        n_steps=n_steps,
+        samples=-(-len(row) // n_steps),
+        slots=slots,
+        group=group,
+        budget=budget,
     )
     orders, sizes = [], []
     n_pools = min(-(-len(row) // POOL), n_steps)
@@ -178,8 +185,8 @@ def _packed(
 def budget_of(costs: NDArray[np.float64], lengths: NDArray, slots: int, samples_per_step: int) -> tuple[float, int]:
     """The cost that slots of several samples should not exceed, and the samples of a step; of the data set alone.
 
-    For one sample a slot it is the costliest sample, and steps hold as many as that allows. For more, slots hold so many
-    on average.
+    For one sample a slot it is the costliest sample, and steps hold as many as that allows. For more, slots hold so
+    many on average.
     """
     some = np.arange(len(costs))[:: -(-len(costs) // SUBSET)]
     some = some[np.argsort(-lengths[some], kind="stable")]
