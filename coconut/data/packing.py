@@ -23,9 +23,11 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 #: Slots and groups of a pattern, about; enough kinds of slots to choose from, few enough to search in seconds.
-_PATTERN_SLOTS, _PATTERN_GROUPS, _PATTERN_GROUP = 64, 16, 16
+_PATTERN_SLOTS, _PATTERN_GROUPS, _PATTERN_GROUP = 64, 32, 16
 #: Lengths and prompts that differ by less than one part in so many count as equal.
 LIKE_LENGTH, LIKE_PROMPT = 200, 400
+#: Samples that stand for a block, from the longest to the shortest prompt.
+_RANKS = 3
 #: A budget leaves this much of the samples that it could hold: the search needs room.
 ROOM = 0.87
 
@@ -69,15 +71,19 @@ def pattern_for(
     steps = min(steps, n_steps)
     n_items = steps * -(-samples // repeats)
     order = like_length_order(lengths_N)
-    items = order[(2 * np.arange(n_items) + 1) * len(order) // (2 * n_items)]
-    first = np.arange(n_items) * len(order) // n_items
-    # The share of the prompt is the block's, not that of the one sample in its middle.
-    sums = [np.add.reduceat(np.asarray(values, np.float64)[order], first) for values in (prompts_N, lengths_N)]
-    prompts = np.round(lengths_N[items] * sums[0] / np.maximum(sums[1], 1e-9))
+    bounds = np.arange(n_items + 1) * len(order) // n_items
+    first, size = bounds[:-1], np.maximum(np.diff(bounds), 1)  # an empty block is that of the next sample
+    items = order[first + (size - 1) // 2]
+    block = np.searchsorted(bounds, np.arange(len(order)), side="right")
+    by_prompt = order[np.lexsort((-prompts_N[order], block))]
+    tails_N = lengths_N - prompts_N
+    ranks = []
+    for rank in range(_RANKS):
+        at = by_prompt[first + size * (2 * rank + 1) // (2 * _RANKS)]
+        ranks.append((tuple(prompts_N[at].tolist()), tuple(tails_N[at].tolist())))
     return find_pattern(
         tuple(costs_N[items].tolist()),
-        tuple(prompts.tolist()),
-        tuple((lengths_N[items] - prompts).tolist()),
+        tuple(ranks),
         steps=steps,
         groups=groups_small,
         group=group_small,

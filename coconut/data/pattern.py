@@ -1,6 +1,6 @@
 """The packing pattern: which quantiles of length each micro-batch of a few consecutive steps holds; pure.
 
-    costs and lengths at X quantiles --find_pattern--> the quantiles of each slot
+    costs, prompts and tails at X quantiles --find_pattern--> the quantiles of each slot
 
 A *pattern* is the plan of a miniature: a few steps whose samples are the quantiles ("items") of the data set, the
 longest first. `packing` then gives every step of the epoch the samples of one of these steps: samples between the
@@ -29,12 +29,14 @@ from statistics import pvariance
 MOVES_PER_SLOT, MOST_MOVES = 1000, 300_000
 #: Excess cost of the costliest slot of a group, and padding, that weigh as much as one unit of composition.
 _BALANCE_SCALE, _PADDING_SCALE = 0.02, 0.018
+#: Weight of the excess, padding included.
+_PADDED = 0.3
 #: Excess above which a group weighs so much more: for the tail, not the mean.
 _WORST, _WORST_WEIGHT = 0.04, 20.0
 #: Weight of a step's variance of shares, of mean length and of number of samples, each as a multiple of a shuffle's.
 _COMPOSITION = 0.5
 #: Weight of cost above the budget, in mean slots.
-_BUDGET = 20.0
+_BUDGET = 100.0
 #: Standard deviation of the number of samples of a step that weighs as much as a shuffle's variance of shares.
 _NUMBER = 0.1
 #: Length classes whose shares are held even.
@@ -63,8 +65,7 @@ class Pattern:
 @lru_cache(maxsize=8)  # the epochs of a run share one
 def find_pattern(
     costs: tuple[float, ...],
-    prompts: tuple[float, ...],
-    tails: tuple[float, ...],
+    ranks: tuple[tuple[tuple[float, ...], tuple[float, ...]], ...],
     *,
     steps: int,
     groups: int,
@@ -75,14 +76,15 @@ def find_pattern(
     """Search for a pattern.
 
     Args:
-        costs, prompts, tails: of the items, the longest first; at least as many as slots. The length of an item is
-            tokens of its prompt and of what follows it (its tail).
+        costs: of the items, the longest first; at least as many as slots.
+        ranks: tokens of the prompt and of what follows it (the tail), for a few samples of each item. A copy of a slot
+            holds samples of one rank.
         steps, groups, group: steps of the pattern, groups of a step, slots of a group.
         repeats: a step of the epoch holds each slot of the pattern so often.
         budget: the most that a slot of several samples should cost, padding included.
     """
     n_slots, n_items = steps * groups * group, len(costs)
-    search = _Search(costs, prompts, tails, steps, groups, group, repeats, budget)
+    search = _Search(costs, ranks, steps, groups, group, repeats, budget)
     search.run(min(MOVES_PER_SLOT * n_slots, MOST_MOVES))
     return Pattern(steps, groups, group, n_items, tuple(tuple(sorted(items)) for items in search.items))
 
@@ -93,16 +95,15 @@ class _Search:
     def __init__(
         self,
         costs: Sequence[float],
-        prompts: Sequence[float],
-        tails: Sequence[float],
+        ranks: Sequence[tuple[Sequence[float], Sequence[float]]],
         steps: int,
         groups: int,
         group: int,
         repeats: int,
         budget: float,
     ) -> None:
-        self.costs, self.prompts, self.tails = costs, prompts, tails
-        lengths = [prompt + tail for prompt, tail in zip(prompts, tails, strict=True)]
+        self.costs, self.ranks = costs, ranks
+        lengths = [fsum(values) / len(ranks) for values in zip(*(half for rank in ranks for half in rank), strict=True)]
         self.group, self.per_step, self.steps = group, groups * group, steps
         self.n_slots, self.n_groups, self.n_items = steps * groups * group, steps * groups, len(costs)
         self.total_length = fsum(lengths) or 1.0
@@ -213,6 +214,8 @@ class _Search:
         moved = fsum(self.costs[item] for item in from_a) - fsum(self.costs[item] for item in from_b)
         self.cost[a] -= moved
         self.cost[b] += moved
+        old_padded = self.padded[a], self.padded[b]
+        self.padded[a], self.padded[b] = padded_a, padded_b
         group_a, group_b = a // self.group, b // self.group
         excess_a, excess_b = self._excess(group_a), self._excess(group_b)
         imbalance = self.imbalance + (excess_a - self.excess[group_a]) / self.n_groups
@@ -231,11 +234,11 @@ class _Search:
         if change >= threshold:
             self.cost[a] += moved
             self.cost[b] -= moved
+            self.padded[a], self.padded[b] = old_padded
             return
         if step_a != step_b:
             self.surplus[step_a], self.surplus[step_b], self.variances = surplus_a, surplus_b, variances
         self.items[a], self.items[b] = new_a, new_b
-        self.padded[a], self.padded[b] = padded_a, padded_b
         self.padding, self.imbalance = padding, imbalance
         self.excess[group_a], self.excess[group_b] = excess_a, excess_b
         for item in from_a:
@@ -267,8 +270,10 @@ class _Search:
         ]
 
     def _padded(self, items: list[int]) -> float:
-        prompts, tails = self.prompts, self.tails
-        return len(items) * (max([prompts[item] for item in items]) + max([tails[item] for item in items]))
+        row = 0.0
+        for prompts, tails in self.ranks:
+            row += max([prompts[item] for item in items]) + max([tails[item] for item in items])
+        return len(items) * row / len(self.ranks)
 
     def _over(self, padded: float, n_items: int) -> float:
         """Penalty of a slot above the budget; a single item cannot be split."""
@@ -278,9 +283,11 @@ class _Search:
 
     def _excess(self, number: int) -> float:
         """By how much the costliest slot of a group exceeds its mean, as a fraction; more if above `_WORST`."""
-        costs = self.cost[number * self.group : (number + 1) * self.group]
+        first, last = number * self.group, (number + 1) * self.group
+        costs, padded = self.cost[first:last], self.padded[first:last]
         excess = max(costs) * self.group / (fsum(costs) or 1.0) - 1
-        return excess + _WORST_WEIGHT * max(excess - _WORST, 0.0)
+        padded_excess = max(padded) * self.group / (fsum(padded) or 1.0) - 1
+        return excess + _WORST_WEIGHT * max(excess - _WORST, 0.0) + _PADDED * padded_excess
 
     def _count(self, items: list[int], surplus: list[float], sign: int) -> None:
         for item in items:
