@@ -10,9 +10,8 @@ once a pass, whatever the epoch's length. A step takes the next samples of the r
 take one, and about equal cost. Rank r of W runs the slots s with s % W == r, so neither the samples of a
 step nor those of a slot depend on the number of ranks, and a position is two integers: epoch and step.
 
-With ``balance="cost"`` the number of samples in a slot varies instead (`packing`): pools of the row are packed into
-slots of like length, and slots that run at the same time cost the same. A step then holds fewer long samples or more
-short ones, so its mean length varies more from step to step than a shuffle's would.
+With ``balance="cost"`` the number of samples in a slot varies instead (`packing`): slots hold samples of like length,
+slots that run at the same time cost the same, and each step has its share of every length.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,8 +28,10 @@ from coconut.data import packing
 from coconut.types import DataError
 
 BALANCES = ("none", "count", "cost")
-#: Samples that are packed together; enough for groups of equal cost, few enough to sort in a moment.
-POOL = 1 << 17
+#: Samples that are packed together: a bound on memory.
+POOL = 1 << 21
+#: Samples of which the budget is estimated.
+SUBSET = 1 << 17
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +95,8 @@ def make_plan(
         seed: draws the order of every pass.
         epoch: counted from 0.
         slots: micro-batches of an optimizer step over all ranks.
-        samples_per_step: most samples of an optimizer step over all ranks; with ``cost``, their mean.
+        samples_per_step: most samples of an optimizer step over all ranks; with ``cost``, as many as a budget
+            of the costliest sample allows, if this is one a slot.
         samples_per_epoch: length of an epoch; None is the whole data set.
         balance: ``none`` takes samples as they come, ``count`` deals equal counts of about equal cost, ``cost`` packs
             samples of like length up to a cost budget.
@@ -130,7 +132,7 @@ def make_plan(
         if slots % group:
             raise DataError(f"group is {group}; it must divide the {slots} slots of a step")
         prompts, tails = lengths if lengths is not None else (costs, np.zeros(n_samples))
-        return _packed(order, costs, prompts, tails, slots, samples_per_step / slots, group, f"{seed}\0{epoch}")
+        return _packed(order, costs, prompts, tails, slots, samples_per_step, group, f"{seed}\0{epoch}")
     return EpochPlan(order, costs, slots, -(-length // samples_per_step), is_balanced=balance == "count")
 
 
@@ -140,39 +142,64 @@ def _packed(
     prompts: NDArray,
     tails: NDArray,
     slots: int,
-    mean_samples: float,
+    samples_per_step: int,
     group: int,
     name: str,
 ) -> EpochPlan:
     """The epoch whose samples are `row`, packed pool by pool."""
-    budget = budget_of(costs, prompts, tails, mean_samples)
+    lengths = prompts + tails
+    budget, samples = budget_of(costs, lengths, slots, samples_per_step)
+    n_steps = -(-len(row) // samples)
+    pattern = packing.pattern_for(
+        costs,
+        prompts,
+        lengths,
+        n_steps=n_steps,
+        samples=-(-len(row) // n_steps),
+        slots=slots,
+        group=group,
+        budget=budget,
+    )
     orders, sizes = [], []
-    n_pools = -(-len(row) // POOL)
+    n_pools = min(-(-len(row) // POOL), n_steps)
+    steps = np.arange(n_pools + 1) * n_steps // n_pools
+    bounds = steps * len(row) // n_steps
     for number in range(n_pools):
-        pool = row[number * len(row) // n_pools : (number + 1) * len(row) // n_pools]
-        pool = pool[packing.like_length_order(prompts[pool], tails[pool])]
-        starts = packing.fill(packing.cut(costs[pool], budget), costs[pool], slots)
-        draws = hashed(len(starts) - 1, f"slots\0{name}\0{number}")
-        chosen = packing.arrange(starts, costs[pool], prompts[pool] + tails[pool], slots, group, draws).reshape(-1)
-        counts = np.diff(starts)[chosen]
-        begins = np.cumsum(counts) - counts
-        orders.append(pool[np.repeat(starts[chosen] - begins, counts) + np.arange(len(pool))])
+        pool = row[bounds[number] : bounds[number + 1]]
+        packed, counts = packing.pack(
+            pattern,
+            costs[pool],
+            prompts[pool],
+            lengths[pool],
+            n_steps=int(steps[number + 1] - steps[number]),
+            slots=slots,
+            group=group,
+            hashed=partial(_named_hash, f"{name}\0{number}"),
+        )
+        orders.append(pool[packed])
         sizes.append(counts)
     starts = np.concatenate([[0], np.cumsum(np.concatenate(sizes))])
-    return EpochPlan(np.concatenate(orders), costs, slots, (len(starts) - 1) // slots, starts)
+    return EpochPlan(np.concatenate(orders), costs, slots, n_steps, starts)
 
 
-def budget_of(costs: NDArray[np.float64], prompts: NDArray, tails: NDArray, mean_samples: float) -> float:
-    """The cost of a slot, at most: so that slots hold `mean_samples` on average.
+def budget_of(costs: NDArray[np.float64], lengths: NDArray, slots: int, samples_per_step: int) -> tuple[float, int]:
+    """The cost that slots of several samples should not exceed, and the samples of a step; of the data set alone.
 
-    For one sample a slot it is the costliest sample, as nothing smaller could hold all. A sample above the budget has
-    a slot of its own. A function of the data set alone: the same at every start.
+    For one sample a slot it is the costliest sample, and steps hold as many as that allows. For more, slots hold so
+    many on average.
     """
-    if mean_samples <= 1:
-        return float(costs.max())
-    some = np.arange(len(costs))[:: -(-len(costs) // POOL)]
-    some = some[packing.like_length_order(prompts[some], tails[some])]
-    return packing.budget_for(costs[some], mean_samples)
+    some = np.arange(len(costs))[:: -(-len(costs) // SUBSET)]
+    some = some[np.argsort(-lengths[some], kind="stable")]
+    if samples_per_step > slots:
+        return packing.budget_for(costs[some], samples_per_step / slots), samples_per_step
+    budget = float(costs.max())
+    if samples_per_step < slots:
+        return budget, samples_per_step
+    return budget, max(int(packing.ROOM * slots * len(some) / packing.cut(costs[some], budget)), slots)
+
+
+def _named_hash(prefix: str, n: int, name: str) -> NDArray[np.uint64]:
+    return hashed(n, f"{prefix}\0{name}")
 
 
 @lru_cache(maxsize=2)  # the epochs of one pass follow each other
