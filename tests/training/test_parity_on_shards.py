@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.training.ranks import run
+from tests.training.ranks import run, start
 
 OPTIONS = (
     "train_data_path=data/arrow_maze/shards/train", "balance=cost", "batch_size_training=8", "samples_per_epoch=null",
@@ -30,5 +30,8 @@ def test_two_ranks_and_one_process_have_the_same_losses(home: Path) -> None:
     assert len({b["samples"] - a["samples"] for a, b in pairwise(two)}) > 1, "sizes of steps vary"
     losses_two, losses_one = ([row["loss"] for row in rows[:21]] for rows in (two, one))
     print("PARITY", max(abs(a - b) / b for a, b in zip(losses_one, losses_two, strict=True)))
-    assert losses_one == pytest.approx(losses_two, rel=1e-3)
+    assert losses_one == pytest.approx(losses_two, rel=1e-5)
     assert losses_two[20] < 0.95 * losses_two[0]
+    refused = start(home, "parity-one", *OPTIONS, "batch_size_training=4", zero="zero3")
+    assert refused.finish() == [2, 2]
+    assert "was started with 4 micro-batches an optimizer step over 2 rank(s)" in refused.text
