@@ -2,7 +2,7 @@
 
     python benchmarks/loader.py [--json FILE] [--memory] [--shards 1000]
 
-Rate: 400 JPEG pictures of four usual sizes (1 to 13 tiles of 448 x 448, 7 on average), read from tars by one loader
+Rate: JPEG pictures of four usual sizes (1 to 13 tiles of 448 x 448, 7 on average), read from tars by one loader
 process, encoded, staged and collated into micro-batches of four; the plain loop only decodes and tiles. Both are timed in
 turns, the loop too in a process of its own, and the fastest round of each counts, since other work on the machine only
 ever slows down. --memory: growth of loader process and reader of a pass over 50,000 samples. Resume: opening a set of so

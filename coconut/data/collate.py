@@ -15,10 +15,12 @@ Shapes: B rows, L columns (a multiple of pad_to_multiple_of), P patches of all r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.utils.data import get_worker_info
 
 from coconut.types import IGNORE_INDEX, Batch, DataError
 
@@ -131,8 +133,19 @@ def _image_tensors(features: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor
     tensors = {"num_patches": num_patches, "image_flags": (num_patches > 0).long().unsqueeze(1)}
     pixels = [feature["pixel_values"] for feature in features if feature.get("num_patches")]
     if pixels:
-        tensors["pixel_values"] = torch.cat(pixels)
+        tensors["pixel_values"] = _joined(pixels)
     return tensors
+
+
+def _joined(pixels: list[torch.Tensor]) -> torch.Tensor:
+    """The tiles of all rows; in a loader's worker already in the memory it shares with the rank, where torch would
+    have to copy them once more (its own `default_collate` does the same)."""
+    if get_worker_info() is None:
+        return torch.cat(pixels)
+    shape = (sum(len(tiles) for tiles in pixels), *pixels[0].shape[1:])
+    storage = torch.UntypedStorage._new_shared(math.prod(shape), device="cpu")
+    shared = torch.empty(0, dtype=pixels[0].dtype).set_(storage, 0, shape)
+    return torch.cat(pixels, out=shared)
 
 
 def _as_list(values: Any) -> list[int]:

@@ -23,6 +23,9 @@ def test_two_ranks_and_one_process_have_the_same_losses(home: Path) -> None:
     so the one process takes the run over after its first step."""
     first = run(home, "parity-two", *OPTIONS, "max_steps=1", zero="zero3")
     shutil.copytree(first.folder, first.folder.with_name("parity-one"))
+    refused = start(home, "parity-one", *OPTIONS, "batch_size_training=4", zero="zero3")
+    assert refused.finish() == [2, 2]
+    assert "was started with 4 micro-batches an optimizer step over 2 rank(s)" in refused.text
     two = run(home, "parity-two", *OPTIONS, zero="zero3").rows()
     one = run(home, "parity-one", *OPTIONS, ranks=1, zero="zero3").rows()
     assert len(two) > 20
@@ -32,6 +35,3 @@ def test_two_ranks_and_one_process_have_the_same_losses(home: Path) -> None:
     print("PARITY", max(abs(a - b) / b for a, b in zip(losses_one, losses_two, strict=True)))
     assert losses_one == pytest.approx(losses_two, rel=1e-5)
     assert losses_two[20] < 0.95 * losses_two[0]
-    refused = start(home, "parity-one", *OPTIONS, "batch_size_training=4", zero="zero3")
-    assert refused.finish() == [2, 2]
-    assert "was started with 4 micro-batches an optimizer step over 2 rank(s)" in refused.text
