@@ -70,8 +70,14 @@ class _Memory:
         self.whole.untyped_storage().resize_(self.whole.numel() * self.whole.element_size() if filled else 0)
 
 
+#: Stands for the cache among the arguments of a call that will be repeated with another.
+_THE_CACHE = object()
+
+
 def _without_history(value: Any) -> Any:
-    """A tensor's values, which ask for a gradient where it did; anything else as it is."""
+    """A tensor's values, which ask for a gradient where it did; `_THE_CACHE` for a cache; anything else as it is."""
+    if isinstance(value, Cache):
+        return _THE_CACHE
     return value.detach().requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
 
 
@@ -169,7 +175,14 @@ class _PassLayer(DynamicLayer):
         if self.keep:
             values = [_without_history(arg) for arg in args]
             options = {name: _without_history(arg) for name, arg in kwargs.items()}
-            self.columns.calls.append(lambda cache: call(*values, **options, **{CACHE_ARGUMENT: cache}))
+
+            def repeat(cache: Cache) -> object:
+                return call(
+                    *(cache if value is _THE_CACHE else value for value in values),
+                    **{name: cache if value is _THE_CACHE else value for name, value in options.items()},
+                )
+
+            self.columns.calls.append(repeat)
 
     def get_seq_length(self) -> int:
         return self.columns.end(self.pass_index)
@@ -223,9 +236,10 @@ class _CheckpointedLayer:
         if not torch.is_grad_enabled():
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
         call = super().__call__  # type: ignore[misc]
-        cache = kwargs.get(CACHE_ARGUMENT)
-        if isinstance(cache, Cache) and isinstance(layer := cache.layers[self.layer_number], _PassLayer):
-            layer.record(call, *args, **{name: value for name, value in kwargs.items() if value is not cache})
+        # By name in most families, by position in GPT-2's.
+        cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
+        if cache is not None and isinstance(layer := cache.layers[self.layer_number], _PassLayer):
+            layer.record(call, *args, **kwargs)
         return checkpoint(call, *args, use_reentrant=False, **kwargs)  # type: ignore[call-overload]
 
 

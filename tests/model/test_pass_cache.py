@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from coconut.model.pass_cache import PassCache
-from tests.model.reference import batch_rows, gradients, largest_difference, tiny_internvl, wrap
+from tests.model.reference import batch_rows, gradients, largest_difference, tiny_internvl, tiny_text, wrap
 from tests.model.test_parity import ragged_rows
 
 
@@ -45,6 +45,15 @@ def test_checkpointing_holds_no_keys_between_forward_and_backward(caches: list[w
     assert all(memory.whole.untyped_storage().nbytes() == 0 for layer in caches for memory in layer().memory)
     loss.backward()
     assert largest_difference(gradients(model), gradients(plain)) < 1e-12
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "mistral", "qwen2", "qwen3"])
+def test_no_family_holds_keys_with_checkpointing(kind: str, caches: list[weakref.ref]) -> None:
+    model = wrap(tiny_text(kind).double())
+    model.gradient_checkpointing_enable()
+    loss = model(**batch_rows(ragged_rows(1, images=False)), loss_only=True, num_items_in_batch=1).loss
+    assert all(memory.whole.untyped_storage().nbytes() == 0 for layer in caches for memory in layer().memory)
+    loss.backward()
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
