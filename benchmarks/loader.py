@@ -2,11 +2,12 @@
 
     python benchmarks/loader.py [--json FILE] [--memory] [--shards 1000]
 
-Rate: 400 JPEG pictures of four usual sizes (1 to 13 tiles of 448 x 448, 7 on average), read from tars by one loader
-process, encoded, staged and collated into micro-batches of four; the plain loop only decodes and tiles. Both are
-timed in turns, the loop too in a process of its own, and the fastest round of each counts, since other work on the
-machine only ever slows down. --memory: growth of loader process and reader of a pass over 50,000 samples. Resume:
-opening a set of so many shards and going on in the middle of an epoch, to the first batch.
+Rate: JPEG pictures of four usual sizes (1 to 13 tiles of 448 x 448), read from tars by one loader process, encoded,
+staged and collated into micro-batches of four; the plain loop only decodes and tiles. Both are timed in turns, the
+loop too in a process of its own, and the fastest round of each counts, since other work on the machine only ever slows
+down. loader_vs_plain compares wall time, loader_vs_plain_cpu the processor time of the two processes.
+--memory: growth of loader process and reader in a pass over 50,000 samples.
+Resume: opening a set of many shards and going on in the middle of an epoch, to the first batch.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,7 @@ from coconut.data.plan import make_plan
 from coconut.data.shards import ShardReader, write_shards
 from coconut.data.stage_text import build_prompt_template, stage_spec
 from coconut.data.stream import StreamLoader
-from coconut.types import SPECIAL_TOKENS, Batch, Sample
+from coconut.types import SPECIAL_TOKENS, Sample
 
 SIZES = ((640, 480), (500, 375), (448, 448), (850, 600))
 MICRO_BATCH = 4
@@ -99,28 +101,40 @@ def plain_loop(contents: list[bytes], sent: Any) -> None:
     torch.set_num_threads(1)
     processor = ImageProcessor(448, 12)
     processor.process_image(contents[0])
-    begin = time.perf_counter()
+    begin, busy = time.perf_counter(), time.process_time()
     for content in contents:
         processor.process_image(content)
-    sent.send(time.perf_counter() - begin)
+    sent.send((time.perf_counter() - begin, time.process_time() - busy))
 
 
-def time_plain(contents: list[bytes]) -> float:
+def time_plain(contents: list[bytes]) -> tuple[float, float]:
+    """Seconds on the clock and of the processor."""
     receive, send = multiprocessing.Pipe(duplex=False)
     process = multiprocessing.get_context("fork").Process(target=plain_loop, args=(contents, send))
     process.start()
-    seconds: float = receive.recv()
+    seconds: tuple[float, float] = receive.recv()
     process.join()
     return seconds
 
 
-def time_loader(loader: StreamLoader) -> float:
-    """Seconds of an epoch from its first batch on, which begins with the worker's start, to the last."""
+def time_loader(loader: StreamLoader) -> tuple[float, float]:
+    """Seconds of an epoch on the clock, and of the loader process: from the first batch, before which it starts, to the
+    one after which it may have ended."""
     batches = iter(loader)
     n_first = len(next(batches).keys)
-    begin = time.perf_counter()
-    n_samples = sum(len(batch.keys) for batch in batches)
-    return (time.perf_counter() - begin) * (n_samples + n_first) / n_samples
+    worker = multiprocessing.active_children()[0].pid or 0
+    begin, busy = time.perf_counter(), processor_time(worker)
+    n_samples = sum(len(batch.keys) for batch in islice(batches, len(loader) - 5))
+    elapsed, worked = time.perf_counter() - begin, processor_time(worker) - busy
+    n_rest = sum(len(batch.keys) for batch in batches)
+    share = (n_samples + n_first + n_rest) / n_samples
+    return elapsed * share, worked * share
+
+
+def processor_time(process: int) -> float:
+    """Seconds that a process has computed, in user and in system mode."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def measure_rate(folder: Path, rounds: int, n: int) -> dict[str, float]:
@@ -128,15 +142,15 @@ def measure_rate(folder: Path, rounds: int, n: int) -> dict[str, float]:
     write_shards(samples(n, pictures), folder, shard_size_mb=8)
     reader = ShardReader(folder)
     loader = build_loader(reader, 448, num_workers=1)
-    loader.plan.step(0)
-    times: dict[str, list[float]] = {"loader": [], "plain": []}
+    times: dict[str, list[tuple[float, float]]] = {"loader": [], "plain": []}
     for _ in range(rounds):
         times["plain"].append(time_plain(pictures))
         times["loader"].append(time_loader(loader))
-    rates = {f"{name}_samples_per_s": n / min(values) for name, values in times.items()}
+    clock, processor = ({name: min(t[kind] for t in values) for name, values in times.items()} for kind in (0, 1))
     return {
-        **rates,
-        "loader_vs_plain": min(times["plain"]) / min(times["loader"]),
+        **{f"{name}_samples_per_s": n / seconds for name, seconds in clock.items()},
+        "loader_vs_plain": clock["plain"] / clock["loader"],
+        "loader_vs_plain_cpu": processor["plain"] / processor["loader"],
         "tiles_per_sample": float(np.mean([ImageProcessor(448, 12).num_patches(*size) for size in SIZES])),
         "kB_per_picture": float(np.mean([len(content) for content in pictures]) / 1000),
     }
@@ -153,17 +167,13 @@ def measure_memory(folder: Path, n: int) -> dict[str, float]:
     pictures = [picture((56, 56), number) for number in range(200)]
     write_shards(samples(n, pictures), folder, shard_size_mb=8)
     loader = build_loader(ShardReader(folder), 56, num_workers=1)
-    early: dict[str, float] = {}
-    seen = 0
-    batch: Batch
-    for batch in loader:
-        seen += len(batch.keys)
-        if not early and seen >= n // 10:
-            early = memory_now()
-        late_due = seen >= n - 20 * MICRO_BATCH
-        if late_due and "late" not in locals():
-            late = memory_now()
-    return {f"{name}_growth_MB": late[name] - early[name] for name in early} | {"samples": seen}
+    n_batches = len(loader)
+    seen: dict[int, dict[str, float]] = {}
+    for number, _ in enumerate(loader):
+        if number in (n_batches // 10, n_batches - 20):  # the process is alive until the end is near
+            seen[number] = memory_now()
+    early, late = seen.values()
+    return {f"{name}_growth_MB": late[name] - early[name] for name in early} | {"samples": n}
 
 
 def memory_now() -> dict[str, float]:
@@ -174,7 +184,7 @@ def memory_now() -> dict[str, float]:
 def measure_resume(folder: Path, n_shards: int) -> dict[str, float]:
     """Seconds from nothing open to the first batch in the middle of an epoch."""
     begin = time.perf_counter()
-    write_shards(samples(n_shards * 100, []), folder, shard_size_mb=100 * 2.5e-3)
+    write_shards(samples(n_shards * 100, []), folder, shard_size_mb=0.1025)  # 100 samples of two tar blocks
     made = time.perf_counter() - begin
     begin = time.perf_counter()
     reader = ShardReader(folder, allow_damage=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,12 @@ class BatchGeometry:
 
     samples: int  # samples of one optimizer step, over all ranks
     slots: int  # micro-batches of one optimizer step, over all ranks
-    accumulation: int  # micro-batches of one optimizer step on one rank
+    accumulation: int  # micro-batches of one optimizer step on one rank; the last may be no slot
     micro_batch: int  # samples of one micro-batch, rounded up
+
+    def over(self, world_size: int) -> BatchGeometry:
+        """The same samples and slots on another number of ranks."""
+        return replace(self, accumulation=math.ceil(self.slots / world_size))
 
 
 def batch_geometry(config: Any, world_size: int) -> BatchGeometry:
@@ -78,13 +82,16 @@ def zero_stage(path: str | Path) -> int:
     return int(stage)
 
 
-def resolve_ds_config(config: Any, *, world_size: int, hidden_size: int) -> dict[str, Any]:
+def resolve_ds_config(
+    config: Any, *, world_size: int, hidden_size: int, geometry: BatchGeometry | None = None
+) -> dict[str, Any]:
     """The DeepSpeed configuration of this run, with no "auto" left.
 
     Args:
         config: the run configuration; ``config.deepspeed`` names the file (None: ZeRO stage 0, the rest default).
         world_size: number of ranks.
         hidden_size: width of the decoder; sizes ZeRO-3's buckets where they are "auto".
+        geometry: how a resumed run's steps were cut at its first start; None: as the configuration says.
 
     Raises:
         ConfigError: every contradiction between the two files, and every "auto" without a meaning, in one message.
@@ -93,9 +100,10 @@ def resolve_ds_config(config: Any, *, world_size: int, hidden_size: int) -> dict
     resolved: dict[str, Any] = read_ds_config(path) if path else {"zero_optimization": {"stage": 0}}
     if path:
         zero_stage(path)
-    geometry = batch_geometry(config, world_size)
+    geometry = geometry or batch_geometry(config, world_size)
+    whole = geometry.micro_batch * geometry.accumulation * world_size
     ours: dict[str, tuple[Any, str]] = {
-        "train_batch_size": (geometry.micro_batch * geometry.slots, "batch_size_training / global_batch_size"),
+        "train_batch_size": (whole, "batch_size_training / global_batch_size"),
         "train_micro_batch_size_per_gpu": (geometry.micro_batch, "batch_size_training"),
         "gradient_accumulation_steps": (geometry.accumulation, "gradient_accumulation_steps / global_batch_size"),
         # DeepSpeed clips at 1.0 when the key is missing, so it is always set.

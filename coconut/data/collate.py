@@ -48,8 +48,8 @@ class MultimodalCollator:
         """Tensors of a batch of at least one features dict (see the module's legend)."""
         if not features:
             raise DataError("a batch needs at least one sample; collate_batch makes the inert batch of none")
-        rows = [_as_list(feature["input_ids"]) for feature in features]
-        labels = [_as_list(feature["labels"]) for feature in features]
+        rows = [torch.as_tensor(feature["input_ids"]) for feature in features]
+        labels = [torch.as_tensor(feature["labels"]) for feature in features]
         first_latents = [self._first_latent(row) for row in rows]
         column = max((first for first in first_latents if first is not None), default=0)
         # Rows without a latent have nothing to align: they start at the left, where they pad least.
@@ -61,7 +61,7 @@ class MultimodalCollator:
         """A training micro-batch; of no samples, an inert one that costs one token and weighs nothing."""
         if not features:
             # Attended to, so that no softmax is taken over nothing; unlabelled, so that no loss comes of it.
-            text = self._text_tensors([[self.pad_id]], [[IGNORE_INDEX]], [0], 1)
+            text = self._text_tensors([torch.tensor([self.pad_id])], [torch.tensor([IGNORE_INDEX])], [0], 1)
             return Batch({**text, **_image_tensors([{"num_patches": 0}])}, keys=(), n_label_tokens=0, n_tokens=0)
         tensors = self(features)
         # Position 0 of a row predicts nothing before it; a causal model never sums over that label.
@@ -84,9 +84,9 @@ class MultimodalCollator:
                 del batch.tensors[name]
             batch.extras = {"targets": [], "samples": []}
             return batch
-        rows = [_as_list(feature["input_ids"])[: feature["prompt_length"]] for feature in features]
+        rows = [torch.as_tensor(feature["input_ids"])[: feature["prompt_length"]] for feature in features]
         length = self._rounded(max(map(len, rows)))
-        no_labels = [[IGNORE_INDEX] * len(row) for row in rows]
+        no_labels = [torch.full_like(row, IGNORE_INDEX) for row in rows]
         text = self._text_tensors(rows, no_labels, [length - len(row) for row in rows], length)
         tensors = {name: text[name] for name in ("input_ids", "attention_mask")} | _image_tensors(features)
         return Batch(
@@ -100,27 +100,29 @@ class MultimodalCollator:
             },
         )
 
-    def _first_latent(self, row: list[int]) -> int | None:
-        return row.index(self.latent_id) if self.latent_id in row else None
+    def _first_latent(self, row: torch.Tensor) -> int | None:
+        if self.latent_id is None:
+            return None
+        places = (row == self.latent_id).nonzero()
+        return int(places[0]) if len(places) else None
 
     def _rounded(self, length: int) -> int:
         return -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
 
     def _text_tensors(
-        self, rows: list[list[int]], labels: list[list[int]], lefts: list[int], length: int
+        self, rows: list[torch.Tensor], labels: list[torch.Tensor], lefts: list[int], length: int
     ) -> dict[str, torch.Tensor]:
         """Pad each row by ``lefts`` ids on the left and up to ``length`` on the right."""
-        id_rows, label_rows, mask_rows = [], [], []
-        for row, row_labels, left in zip(rows, labels, lefts, strict=True):
-            right = length - left - len(row)
-            id_rows.append([self.pad_id] * left + row + [self.pad_id] * right)
-            label_rows.append([IGNORE_INDEX] * left + row_labels + [IGNORE_INDEX] * right)
-            mask_rows.append([0] * left + [1] * len(row) + [0] * right)
-        mask = torch.tensor(mask_rows, dtype=torch.long)
+        shape = (len(rows), length)
+        ids_BL, labels_BL = torch.full(shape, self.pad_id), torch.full(shape, IGNORE_INDEX)
+        mask = torch.zeros(shape, dtype=torch.long)
+        for number, (row, row_labels, left) in enumerate(zip(rows, labels, lefts, strict=True)):
+            place = slice(left, left + len(row))
+            ids_BL[number, place], labels_BL[number, place], mask[number, place] = row, row_labels, 1
         return {
-            "input_ids": torch.tensor(id_rows, dtype=torch.long),
+            "input_ids": ids_BL,
             "attention_mask": mask,
-            "labels": torch.tensor(label_rows, dtype=torch.long),
+            "labels": labels_BL,
             "position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0),
         }
 

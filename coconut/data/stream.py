@@ -17,12 +17,15 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import webdataset
-from torch import Generator
+from torch import Generator, Tensor, from_numpy
 from torch.utils.data import DataLoader, get_worker_info
 
 from coconut.data.bad_samples import EXTRA, BadSample
 from coconut.data.plan import EpochPlan
+from coconut.data.tile_pool import PooledTiles, TilePool
 from coconut.types import Batch, DataError, Sample, SourceError
+
+_PREFETCH = 2  # micro-batches that a loader process prepares ahead
 
 
 class SampleSource(Protocol):
@@ -80,13 +83,14 @@ class StreamLoader:
         if not 0 <= start_step <= len(plan):
             raise DataError(f"start_step is {start_step}, but the epoch has {len(plan)} steps")
         self.plan, self.rank, self.world, self.start_step = plan, rank, world, start_step
-        self.num_workers = num_workers
+        self.num_workers, self._collate = num_workers, collate
+        self._pool: TilePool | None = None
         self.accumulation = -(-plan.slots // world)  # micro-batches of this rank, and of any other, a step
         self.pipeline = webdataset.DataPipeline(
             self._planned,
             webdataset.map(_each(lambda index, _: dataset.read(index), dataset.locate)),
             webdataset.map(_each(lambda _, sample: stage(encode(sample)), dataset.locate)),
-            webdataset.map(_collated(collate)),
+            webdataset.map(self._collated),
             _errors_as_items,
         )
 
@@ -95,11 +99,16 @@ class StreamLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         stream: Iterable[Any] = self.pipeline
+        pool = None
         if self.num_workers > 0:
+            # What waits in the queue, what is being filled, and what an optimizer step holds.
+            buffers_each = _PREFETCH + 2 + -(-self.accumulation // self.num_workers)
+            pool = self._pool = TilePool(self.num_workers, buffers_each)
             stream = DataLoader(
                 self.pipeline,
                 batch_size=None,
                 num_workers=self.num_workers,
+                prefetch_factor=_PREFETCH,
                 # The pipeline holds functions that cannot be pickled, which newer Pythons' default start would do.
                 multiprocessing_context="fork" if self.num_workers else None,
                 # Its own generator: starting workers must not move the process's random state.
@@ -108,7 +117,29 @@ class StreamLoader:
         for item in stream:
             if isinstance(item, DataError):
                 raise type(item)(*item.args)
+            if pool is not None:
+                item.tensors = {name: _arrived(value, pool) for name, value in item.tensors.items()}
             yield item
+            del item  # so that its buffer is free once the caller is done with it
+
+    def _collated(self, micro_batch: _MicroBatch) -> Batch:
+        """Collate; in a loader process the tiles go to the pool, and the collator sees none of them."""
+        features = [features for _, features in micro_batch.items]
+        tiles = [one["pixel_values"] for one in features if one.get("num_patches")]
+        worker = get_worker_info()
+        pooled = self._pool.put(worker.id, tiles) if worker is not None and self._pool is not None and tiles else None
+        if pooled is not None:
+            features = [
+                one | {"pixel_values": one["pixel_values"][:0]} if one["num_patches"] else one for one in features
+            ]
+        batch = self._collate(features)
+        if worker is not None:
+            # Torch would open a piece of shared memory for each of these small tensors.
+            batch.tensors = {name: value.numpy() for name, value in batch.tensors.items()}
+        if pooled is not None:
+            batch.tensors["pixel_values"] = pooled
+        batch.extras |= {"step": micro_batch.step, "slot": micro_batch.slot, EXTRA: micro_batch.bad}
+        return batch
 
     def _planned(self) -> Iterator[_MicroBatch]:
         """Source of the pipeline: the turns of this worker among this rank's micro-batches."""
@@ -145,13 +176,9 @@ def _each(
     return run
 
 
-def _collated(collate: Callable[[Sequence[dict[str, Any]]], Batch]) -> Callable[[_MicroBatch], Batch]:
-    def run(micro_batch: _MicroBatch) -> Batch:
-        batch = collate([features for _, features in micro_batch.items])
-        batch.extras |= {"step": micro_batch.step, "slot": micro_batch.slot, EXTRA: micro_batch.bad}
-        return batch
-
-    return run
+def _arrived(value: Any, pool: TilePool) -> Tensor:
+    """The tensor that a loader process sent."""
+    return pool.take(value) if isinstance(value, PooledTiles) else from_numpy(value)
 
 
 def _errors_as_items(stream: Iterable[Batch]) -> Iterator[Batch | DataError]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from coconut.config.deepspeed import resolve_ds_config
+from coconut.config.deepspeed import BatchGeometry, resolve_ds_config
 from coconut.model import MultimodalCoconut
 from coconut.types import ConfigError
 from coconut.utils.distributed import get_local_rank, get_world_size, init_distributed_training, is_main_process
@@ -18,19 +18,21 @@ from coconut.utils.logging import get_logger
 logger = get_logger(__name__)
 
 
-def build_engine(model: MultimodalCoconut, config: Any, run_dir: Path) -> Any:
+def build_engine(model: MultimodalCoconut, config: Any, run_dir: Path, geometry: BatchGeometry | None = None) -> Any:
     """Hand `model` to a DeepSpeed engine, which owns optimizer, gradients and precision from then on.
 
     Args:
         model: its weights may already be partitioned (ZeRO-3).
         config: the run configuration.
         run_dir: the resolved DeepSpeed configuration is written to ``ds_config.json`` there.
+        geometry: of a resumed run's steps; None: as the configuration says.
 
     Raises:
         ConfigError: the two configurations contradict each other, or nothing is left to train.
     """
     init_distributed_training(force=True)
-    resolved = resolve_ds_config(config, world_size=get_world_size(), hidden_size=model.hidden_size)
+    world = get_world_size()
+    resolved = resolve_ds_config(config, world_size=world, hidden_size=model.hidden_size, geometry=geometry)
     if is_main_process():
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "ds_config.json").write_text(json.dumps(resolved, indent=2) + "\n")

@@ -32,6 +32,7 @@ class TrainState:
     flops: float = 0.0
     seconds: float = 0.0  # of training steps, validation and saving not counted
     samples_per_step: int = 0  # fixed at the first start, as the data order hangs on it
+    slots: int = 0  # micro-batches of an optimizer step over all ranks, at the first start; balance=cost hangs on it
     group: int = 0  # slots balanced against one another: the ranks of the first start
     best_accuracy: float = -1.0  # of this stage's validations
     validations_without_gain: int = 0

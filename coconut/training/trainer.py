@@ -99,30 +99,40 @@ class MultimodalCoTTrainer:
         self.bad_samples.load()
         if start is not None:
             self.state = start.state
-            self._keep_step_size()
-        engine = build_engine(self.model, self.config, self.run_dir)
+            self._keep_step()
+        engine = build_engine(self.model, self.config, self.run_dir, self.geometry)
         if start is not None:
             load_checkpoint(engine, start)
         self.state.samples_per_step = self.geometry.samples
+        self.state.slots = self.state.slots or self.geometry.slots
         self.state.group = self.state.group or get_world_size()
         if is_main_process():
             self.config.save(self.run_dir / "config.yaml")
         return engine
 
-    def _keep_step_size(self) -> None:
-        """An optimizer step takes the samples that it took at the first start, since the data order hangs on it."""
-        config, samples = self.config, self.state.samples_per_step
-        if samples == self.geometry.samples:
-            return
-        if config.global_batch_size is not None:
+    def _keep_step(self) -> None:
+        """An optimizer step goes on as it was at the first start, since the data order hangs on it: the same samples,
+        and with balance=cost the same slots, over however many ranks."""
+        config, state = self.config, self.state
+        samples, at_first = state.samples_per_step, batch_geometry(config, state.group or get_world_size())
+        if config.balance == "cost" and state.slots not in (0, at_first.slots):
             raise ConfigError(
-                f"the run was started with {samples} samples an optimizer step, and global_batch_size asks for "
-                f"{self.geometry.samples}; set global_batch_size={samples}, or start anew with resume=none"
+                f"the run was started with {state.slots} micro-batches an optimizer step over {state.group} rank(s), "
+                f"and the configuration asks for {at_first.slots} over as many; set batch_size_training, "
+                "gradient_accumulation_steps and global_batch_size back, or start anew with resume=none"
             )
-        logger.info("an optimizer step goes on to take %d samples, now over %d rank(s)", samples, get_world_size())
-        smaller = min(config.batch_size_training, samples)
-        config.update(global_batch_size=samples, gradient_accumulation_steps=1, batch_size_training=smaller)
-        self.geometry = batch_geometry(config, get_world_size())
+        if samples != self.geometry.samples:
+            if config.global_batch_size is not None:
+                raise ConfigError(
+                    f"the run was started with {samples} samples an optimizer step, and global_batch_size asks for "
+                    f"{self.geometry.samples}; set global_batch_size={samples}, or start anew with resume=none"
+                )
+            logger.info("an optimizer step goes on to take %d samples, now over %d rank(s)", samples, get_world_size())
+            smaller = min(config.batch_size_training, samples)
+            config.update(global_batch_size=samples, gradient_accumulation_steps=1, batch_size_training=smaller)
+            self.geometry = batch_geometry(config, get_world_size())
+        if config.balance == "cost":
+            self.geometry = at_first.over(get_world_size())
 
     # -- the run --
 

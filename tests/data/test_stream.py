@@ -209,3 +209,12 @@ def test_a_plan_balanced_by_cost_goes_on_after_any_step_with_any_number_of_ranks
             loaders = [loader(plan=plan, rank=rank, world=world, start_step=start) for rank in range(world)]
             assert {len(one) for one in loaders} == {len(loaders[0])}
             assert steps_of(loaders) == rest
+
+
+def test_batches_of_workers_may_all_be_kept(loader) -> None:
+    """More than there are buffers: none is written over while somebody looks at it."""
+    kept = list(loader(samples_per_step=4, num_workers=1))
+    alone = list(loader(samples_per_step=4))
+    assert len(kept) == 24
+    for mine, theirs in zip(kept, alone, strict=True):
+        assert all(torch.equal(mine.tensors[name], theirs.tensors[name]) for name in theirs.tensors)

@@ -31,13 +31,17 @@ RANK_FILE = "rank-00000.safetensors"
 class Engine:
     """What a DeepSpeed engine without ZeRO shows of itself."""
 
-    def __init__(self, width: int = 3) -> None:
+    def __init__(self, width: int = 3, accumulation: int = 1) -> None:
+        self.accumulation = accumulation
         self.module = torch.nn.Linear(width, 2)
         self.optimizer = torch.optim.AdamW(self.module.parameters(), lr=0.1)
         self.global_steps = self.global_samples = self.skipped_steps = self.micro_steps = 0
 
     def zero_optimization_partition_weights(self) -> bool:
         return False
+
+    def gradient_accumulation_steps(self) -> int:
+        return self.accumulation
 
     def step(self) -> None:
         self.optimizer.zero_grad()
@@ -48,6 +52,17 @@ class Engine:
     def everything(self) -> list[torch.Tensor]:
         states = self.optimizer.state.values()
         return [*self.module.parameters(), *(state[key] for state in states for key in sorted(state))]
+
+
+def test_micro_steps_are_those_of_the_engine_that_goes_on(checkpoints: CheckpointFolder, engine: Engine) -> None:
+    """DeepSpeed steps where its accumulation divides them: another accumulation must not begin out of turn."""
+    engine.step()
+    engine.step()
+    engine.micro_steps = 3
+    folder = checkpoints.save(engine, TrainState(step=3))
+    other = Engine(accumulation=2)
+    load_checkpoint(other, read_checkpoint(folder, RUN))
+    assert (other.global_steps, other.micro_steps) == (3, 6)
 
 
 @pytest.fixture
