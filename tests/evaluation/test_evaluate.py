@@ -47,6 +47,9 @@ class Scripted:
         self.speak = speak
         self.calls: list[dict[str, Any]] = []
 
+    def calls_of_thoughts(self, n_latents: int) -> int:
+        return n_latents
+
     def generate(self, **arguments: Any) -> torch.Tensor:
         self.calls.append(arguments)
         rows = [TOKENIZER.encode(self.speak(TOKENIZER.decode(ids))) for ids in arguments["input_ids"]]

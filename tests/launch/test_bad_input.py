@@ -135,7 +135,7 @@ def test_unknown_key_of_a_file_names_its_line(fails, folder, arguments):
     [
         ("c_thought=0", "c_thought = 0: must be at least 1"),
         ("uniform_prob=1.5", "uniform_prob = 1.5: must be at most 1"),
-        ("method=cott", "method = 'cott': no_thought; did you mean cot?"),
+        ("method=cott", "method = 'cott': must be one of coconut, cot, no_cot, icot"),
         ("batch_size_training=many", "batch_size_training = 'many': must be a whole number"),
     ],
 )
