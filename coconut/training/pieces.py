@@ -27,7 +27,7 @@ from coconut.utils.distributed import get_rank, get_world_size
 
 WEIGHT = "weight"
 FILE_NAME = "rank-{:05d}.safetensors"
-COUNTERS = ("global_steps", "global_samples", "skipped_steps", "micro_steps")
+COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # fp16's loss scaling
 
 #: The optimizer's flat tensor, the piece's offset in it, its start in the parameter, its number of values.
@@ -270,8 +270,10 @@ def read_pieces(engine: Any, folder: Path, numbers: dict[str, Any]) -> None:
             if piece.flat is not None:
                 _read_optimizer(reader, piece)
         _refresh_working_weights(engine)
-    for name, value in numbers["counters"].items():
-        setattr(engine, name, value)
+    for name in COUNTERS:
+        setattr(engine, name, numbers["counters"][name])
+    # Of this engine's accumulation, not of the one that saved: DeepSpeed takes a step where this divides it.
+    engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
     for name, value in numbers["scaler"].items():
         setattr(_scaler(engine), name, value)
     for group in _innermost(optimizer).param_groups:
