@@ -76,7 +76,7 @@ def _run_rank(by_layers: bool) -> None:
         for step in range(WARM_UP + STEPS):
             if step == WARM_UP:
                 start = _gathered_bytes()
-            k = max(0, draw.randint(0, most) - get_rank())  # the ranks agree on no more than on the step
+            k = max(0, draw.randint(0, most) - get_rank())
             batch = build_batch(Shape(**SIZES, latents=k), device, seed=step)
             engine.backward(engine(**batch, loss_only=True, num_items_in_batch=10).loss)
             engine.step()

@@ -28,6 +28,11 @@ def _contradictions(values: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...]
     if values["attn_implementation"] == "flash_attention_2" and not (values["fp16"] or values["bf16"]):
         text = "attn_implementation = 'flash_attention_2': computes in half precision only; set bf16: true, or use sdpa"
         yield ("attn_implementation", "fp16", "bf16"), Fault("attn_implementation", text)
+    method = values["method"]
+    for name, default in (("latent_feedback", "hidden"), ("latent_passes", "sequential")):
+        if method.startswith("pause") and values[name] != default:
+            text = f"{name} = {values[name]!r} with method = {method!r}: pauses are not computed; leave it out"
+            yield ("method", name), Fault(name, text)
     whole, micro = values["global_batch_size"], values["batch_size_training"]
     if whole is not None and micro > whole:
         text = f"batch_size_training = {micro}: is more than global_batch_size = {whole}, of which it is a part"

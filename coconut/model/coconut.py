@@ -143,7 +143,7 @@ class MultimodalCoconut(nn.Module):
         with their own embeddings, in the pass of the tokens around them; that goes with latent_feedback none only.
         """
         if iterations is not None and iterations < 0:
-            raise ConfigError(f"jacobi_iterations is {iterations}; it must be at least 1")
+            raise ConfigError(f"the number of passes is {iterations}; give 1 or more, 0 for pauses, or None")
         if iterations == 0 and self.latent_feedback != "none":
             raise ConfigError(f"latent_feedback {self.latent_feedback} needs passes to be computed in; choose none")
         self.loop.iterations = iterations

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from coconut.config.schema import Schema
 from coconut.data.stage_text import (
+    METHODS,
     build_prompt_template,
     encode_text,
     mixed_stage,
@@ -225,3 +228,7 @@ def test_smoothed_removals_are_geometric_and_depend_on_the_key_alone() -> None:
         share = sum(draw == more for draw in drawn) / len(drawn)
         assert share == pytest.approx((1 - math.exp(-1)) * math.exp(-more), abs=0.03)
     assert smoothed_removal("key 0", rate=None, seed=1, epoch=2) == 0
+
+
+def test_the_configuration_offers_every_method() -> None:
+    assert set(get_args(Schema.model_fields["method"].annotation)) == set(METHODS)

@@ -135,12 +135,17 @@ def test_unknown_key_of_a_file_names_its_line(fails, folder, arguments):
     [
         ("c_thought=0", "c_thought = 0: must be at least 1"),
         ("uniform_prob=1.5", "uniform_prob = 1.5: must be at most 1"),
-        ("method=cott", "method = 'cott': must be one of coconut, cot, no_cot, icot"),
+        ("method=cott", "no_curriculum, no_thought; did you mean cot?"),
+        ("start_stage=9", "start_stage is 9; it must be from 0 to max_latent_stage"),
+        (
+            "method=pause latent_passes=jacobi",
+            "latent_passes = 'jacobi' with method = 'pause': pauses are not computed",
+        ),
         ("batch_size_training=many", "batch_size_training = 'many': must be a whole number"),
     ],
 )
 def test_value_out_of_range_names_value_and_choices(fails, arguments, override, said):
-    assert said in fails(*arguments, override)
+    assert said in fails(*arguments, *override.split())
 
 
 def test_all_faults_are_listed_at_once(fails, arguments):

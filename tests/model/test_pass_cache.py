@@ -52,6 +52,7 @@ def test_no_family_holds_keys_with_checkpointing(kind: str, caches: list[weakref
     model = wrap(tiny_text(kind).double())
     model.gradient_checkpointing_enable()
     loss = model(**batch_rows(ragged_rows(1, images=False)), loss_only=True, num_items_in_batch=1).loss
+    assert len(caches) == 3
     assert all(memory.whole.untyped_storage().nbytes() == 0 for layer in caches for memory in layer().memory)
     loss.backward()
 
