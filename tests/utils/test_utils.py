@@ -53,9 +53,11 @@ class TestAlone:
 
 
 WORKER = """
+import os
 import torch.distributed as dist
 from coconut.utils.distributed import *
 from coconut.utils.distributed import shutdown_distributed
+os.environ["LOCAL_SIZE"] = "{world}"  # as DeepSpeed's launcher sets it; torchrun does not
 init_distributed_training({force})
 init_distributed_training()
 rank, world = get_rank(), get_world_size()
@@ -64,6 +66,9 @@ assert is_main_process() == (rank == 0)
 assert all_reduce_sum([1, rank, 2.0**-40]) == [world, world * (world - 1) / 2, world * 2.0**-40]
 assert all_reduce_max([rank, -rank]) == [world - 1, 0]
 assert all_gather_object("r" * rank) == ["r" * r for r in range(world)]
+if dist.get_backend() == "gloo":
+    mapped = [line for line in open("/proc/self/maps") if "deepspeed_allreduce_buffer" in line]
+    assert len(mapped) == world and all("(deleted)" in line for line in mapped), mapped
 barrier()
 shutdown_distributed()
 assert get_rank() == rank
@@ -103,7 +108,7 @@ def test_a_group_may_follow_another(project: Path) -> None:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("world", [1, 2])
-def test_groups(tmp_path: Path, project: Path, world: int) -> None:
+def test_groups_leave_nothing_in_shared_memory(tmp_path: Path, project: Path, world: int) -> None:
     script = tmp_path / "worker.py"
     script.write_text(WORKER.format(force="force=True" if world == 1 else "", world=world))
     launcher = [] if world == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
