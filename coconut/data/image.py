@@ -3,8 +3,9 @@
     path | bytes | PIL image --open_image--> RGB, upright --ImageProcessor--> uint8 [patches, 3, H, W]
 
 Tiles stay uint8 until they are on the device, where the model normalises them: a quarter of the bytes.
-Resizing and tiling are done by transformers (`GotOcr2ImageProcessor`, InternVL's); what is here is robust
-decoding, the patch count of an image that is not opened, and the short cut for images of one tile's size.
+Resizing and the choice of a grid are transformers' (`GotOcr2ImageProcessor`, InternVL's); what is here is robust
+decoding, the patch count of an image that is not opened, and the cutting, which writes each tile once, to where the
+loader wants it (transformers' own stacks tiles in new memory).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import io
 import json
 import struct
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from pathlib import Path
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     import torch
 
     ImageLike = str | Path | bytes | Image.Image
+    Room = Callable[[tuple[int, int, int, int]], torch.Tensor]  # shape -> uint8 memory of this shape
 
 #: What Pillow may take a file for; it knows others that start programs (EPS: Ghostscript) or hold no picture.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
@@ -108,7 +111,7 @@ class ImageProcessor:
         self.max_num_patches = max_num_patches
         self.use_thumbnail = use_thumbnail
         self.dynamic_preprocess = dynamic_preprocess
-        self._tiler: Any = None  # made at the first image that needs it: the import takes seconds
+        self._processor: Any = None  # made at the first image that needs it: the import takes seconds
 
     @classmethod
     def from_config(cls, config: Any) -> ImageProcessor:
@@ -138,8 +141,12 @@ class ImageProcessor:
         values = {**self._transformers_settings(), **{name: getattr(self, name) for name in _SETTINGS}}
         path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
-    def process_image(self, image_path: ImageLike) -> torch.Tensor:
+    def process_image(self, image_path: ImageLike, room: Room | None = None) -> torch.Tensor:
         """One image, given as a path, as encoded bytes or as a PIL image, to uint8 [patches, 3, H, W].
+
+        Args:
+            image_path: the image.
+            room: where the tiles go, given their shape; by default new memory.
 
         Raises:
             DataError: as `open_image`.
@@ -150,19 +157,18 @@ class ImageProcessor:
         pixels_CHW = torch.from_numpy(pixels_HWC.transpose(2, 0, 1).copy())
         height, width = pixels_CHW.shape[1:]
         columns, rows = self.grid(width, height)
-        if (width, height) == (self.image_size, self.image_size) and columns * rows == 1:
-            return pixels_CHW.unsqueeze(0)  # what the tiler would return, without its fixed cost
-        tiler = self._transformers_tiler()
-        size = type(tiler.size)(height=self.image_size, width=self.image_size)
-        tiles: torch.Tensor = tiler.crop_image_to_patches(
-            pixels_CHW.unsqueeze(0),
-            min_patches=1,
-            max_patches=self.max_num_patches if self.dynamic_preprocess else 1,
-            use_thumbnail=self.use_thumbnail,
-            patch_size=size,
-            resample=tiler.resample,
-        )
-        return tiles[0]
+        side, n_tiles = self.image_size, columns * rows
+        shape = (self.num_patches(width, height), 3, side, side)
+        tiles = torch.empty(shape, dtype=torch.uint8) if room is None else room(shape)
+        if (width, height) == (columns * side, rows * side):
+            canvas = pixels_CHW  # what resizing would return, without its fixed cost
+        else:
+            canvas = self._resize(pixels_CHW, columns * side, rows * side)
+        grid = tiles[:n_tiles].view(rows, columns, 3, side, side)
+        grid.copy_(canvas.view(3, rows, side, columns, side).permute(1, 3, 0, 2, 4))
+        if len(tiles) > n_tiles:
+            tiles[-1] = self._resize(pixels_CHW, side, side)
+        return tiles
 
     def process_images(self, image_paths: list[Any]) -> torch.Tensor:
         """Several images, their tiles one after another: uint8 [patches of all, 3, H, W]."""
@@ -200,14 +206,20 @@ class ImageProcessor:
             "image_std": [0.229, 0.224, 0.225],
         }
 
-    def _transformers_tiler(self) -> Any:
-        if self._tiler is None:
+    def _resize(self, pixels_CHW: torch.Tensor, width: int, height: int) -> torch.Tensor:
+        processor = self._transformers_processor()
+        size = type(processor.size)(height=height, width=width)
+        resized: torch.Tensor = processor.resize(pixels_CHW.unsqueeze(0), size, resample=processor.resample)
+        return resized[0]
+
+    def _transformers_processor(self) -> Any:
+        if self._processor is None:
             from transformers import GotOcr2ImageProcessor
 
             settings = self._transformers_settings()
             del settings["image_processor_type"]
-            self._tiler = GotOcr2ImageProcessor(**settings)
-        return self._tiler
+            self._processor = GotOcr2ImageProcessor(**settings)
+        return self._processor
 
 
 @lru_cache(maxsize=65536)

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
 
 import webdataset
 from torch import Generator, Tensor, from_numpy
@@ -24,6 +25,9 @@ from coconut.data.bad_samples import EXTRA, BadSample
 from coconut.data.plan import EpochPlan
 from coconut.data.tile_pool import PooledTiles, TilePool
 from coconut.types import Batch, DataError, Sample, SourceError
+
+if TYPE_CHECKING:
+    from coconut.data.image import Room
 
 _PREFETCH = 2  # micro-batches that a loader process prepares ahead
 
@@ -54,7 +58,7 @@ class StreamLoader:
         dataset: where samples are read from.
         plan: the epoch.
         rank, world: this rank, of how many. Slot s belongs to rank s % world.
-        encode: Sample -> features.
+        encode: Sample, room for its tiles (see `ImageProcessor.process_image`) -> features.
         stage: features -> features with ids and labels.
         collate: features of a micro-batch -> Batch; of no features, an inert Batch.
         num_workers: processes that prepare micro-batches ahead; 0 prepares them in this one.
@@ -72,7 +76,7 @@ class StreamLoader:
         *,
         rank: int = 0,
         world: int = 1,
-        encode: Callable[[Sample], dict[str, Any]],
+        encode: Callable[[Sample, Room | None], dict[str, Any]],
         stage: Callable[[dict[str, Any]], dict[str, Any]],
         collate: Callable[[Sequence[dict[str, Any]]], Batch],
         num_workers: int = 0,
@@ -89,7 +93,7 @@ class StreamLoader:
         self.pipeline = webdataset.DataPipeline(
             self._planned,
             webdataset.map(_each(lambda index, _: dataset.read(index), dataset.locate)),
-            webdataset.map(_each(lambda _, sample: stage(encode(sample)), dataset.locate)),
+            webdataset.map(_each(lambda _, sample: stage(encode(sample, self._room())), dataset.locate)),
             webdataset.map(self._collated),
             _errors_as_items,
         )
@@ -101,8 +105,8 @@ class StreamLoader:
         stream: Iterable[Any] = self.pipeline
         pool = None
         if self.num_workers > 0:
-            # What waits in the queue, what is being filled, and what an optimizer step holds.
-            buffers_each = _PREFETCH + 2 + -(-self.accumulation // self.num_workers)
+            # What waits in the queue, what is being filled (twice, where a sample drops out), what a step holds.
+            buffers_each = _PREFETCH + 3 + -(-self.accumulation // self.num_workers)
             pool = self._pool = TilePool(self.num_workers, buffers_each)
             stream = DataLoader(
                 self.pipeline,
@@ -122,12 +126,17 @@ class StreamLoader:
             yield item
             del item  # so that its buffer is free once the caller is done with it
 
+    def _room(self) -> Room | None:
+        """In a loader process, the pool's memory."""
+        worker = get_worker_info()
+        return partial(self._pool.room, worker.id) if worker is not None and self._pool is not None else None
+
     def _collated(self, micro_batch: _MicroBatch) -> Batch:
         """Collate; in a loader process the tiles go to the pool, and the collator sees none of them."""
         features = [features for _, features in micro_batch.items]
         tiles = [one["pixel_values"] for one in features if one.get("num_patches")]
         worker = get_worker_info()
-        pooled = self._pool.put(worker.id, tiles) if worker is not None and self._pool is not None and tiles else None
+        pooled = self._pool.put(worker.id, tiles) if worker is not None and self._pool is not None else None
         if pooled is not None:
             features = [
                 one | {"pixel_values": one["pixel_values"][:0]} if one["num_patches"] else one for one in features

@@ -54,7 +54,7 @@ def names_only(features: Iterable[dict[str, Any]]) -> Batch:
 def loader(reader) -> Callable[..., StreamLoader]:
     def make(plan: EpochPlan, **options: Any) -> StreamLoader:
         return StreamLoader(
-            reader, plan, encode=lambda sample: {"key": sample.key}, stage=dict, collate=names_only, **options
+            reader, plan, encode=lambda sample, _: {"key": sample.key}, stage=dict, collate=names_only, **options
         )
 
     return make
@@ -147,7 +147,7 @@ def test_a_sample_that_is_bad_is_bad_in_the_same_step_on_any_ranks(plans, reader
     """What is left out does not move what stays."""
     lost = set(random.Random(0).sample([reader.key(i) for i in range(N_SAMPLES)], 30))
 
-    def encode(sample: Sample) -> dict[str, Any]:
+    def encode(sample: Sample, _: Any) -> dict[str, Any]:
         if sample.key in lost:
             raise DataError("broken")
         return {"key": sample.key}
@@ -173,7 +173,12 @@ def test_going_on_late_reads_nothing_of_what_came_before(plans, reader) -> None:
             return reader.read(index)
 
     late = StreamLoader(
-        Noting(), plan, encode=lambda s: {"key": s.key}, stage=dict, collate=names_only, start_step=len(plan) - 1
+        Noting(),
+        plan,
+        encode=lambda sample, _: {"key": sample.key},
+        stage=dict,
+        collate=names_only,
+        start_step=len(plan) - 1,
     )
     assert len(list(late)) == late.accumulation
     assert sorted(asked) == sorted(plan.samples(len(plan) - 1).tolist())

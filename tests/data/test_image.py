@@ -72,7 +72,7 @@ def test_a_picture_of_tile_size_takes_the_short_cut_and_is_the_same(picture, mon
     content = picture(28, 28)
     expected = reference(Image.open(io.BytesIO(content)), 28, 12, dynamic).to(torch.uint8)
     processor = ImageProcessor(28, 12, dynamic_preprocess=dynamic)
-    monkeypatch.setattr(processor, "_transformers_tiler", lambda: pytest.fail("the slow path was taken"))
+    monkeypatch.setattr(processor, "_resize", lambda *_: pytest.fail("the slow path was taken"))
     assert torch.equal(processor.process_image(content), expected)
 
 
@@ -189,7 +189,9 @@ def test_saved_settings_come_back_and_transformers_reads_them_too(tmp_path) -> N
     assert {name: getattr(again, name) for name in settings} == settings
     theirs = AutoImageProcessor.from_pretrained(tmp_path)
     assert isinstance(theirs, GotOcr2ImageProcessor)
-    ours = {name: value for name, value in processor._transformers_tiler().to_dict().items() if name not in settings}
+    ours = {
+        name: value for name, value in processor._transformers_processor().to_dict().items() if name not in settings
+    }
     assert ours.items() <= theirs.to_dict().items()
     assert (theirs.size["height"], theirs.max_patches, theirs.crop_to_patches) == (56, 5, False)
 

@@ -71,3 +71,36 @@ def test_a_graph_keeps_its_tiles(pool) -> None:
 def test_what_has_no_room_goes_another_way(pool, monkeypatch) -> None:
     monkeypatch.setattr(tile_pool, "BUFFER_BYTES", 100)
     assert pool.put(0, [tiles(3, 1)]) is None
+
+
+def fill(pool: TilePool, n: int, value: int) -> torch.Tensor:
+    """As an image processor: ask for room, then write there."""
+    some = pool.room(0, (n, 3, 4, 4))
+    return some.fill_(value)
+
+
+def test_tiles_in_the_room_they_were_given_are_not_copied(pool, monkeypatch) -> None:
+    monkeypatch.setattr(torch, "cat", None)
+    for value in (1, 5):  # one micro-batch after another
+        pooled = pool.put(0, [fill(pool, 2, value), fill(pool, 1, value + 1)])
+        assert torch.equal(pool.take(pooled)[:, 0, 0, 0], torch.tensor([value, value, value + 1]).to(torch.uint8))
+
+
+def test_a_sample_that_drops_out_leaves_no_gap(pool) -> None:
+    first, _, last = fill(pool, 1, 1), fill(pool, 2, 2), fill(pool, 1, 3)
+    assert torch.equal(pool.take(pool.put(0, [first, last])), torch.cat([tiles(1, 1), tiles(1, 3)]))
+    dropped = fill(pool, 2, 4)
+    assert pool.put(0, []) is None
+    assert dropped.eq(4).all()
+    assert torch.equal(pool.take(pool.put(0, [fill(pool, 1, 6)])), tiles(1, 6)), "begins anew"
+
+
+def test_room_beyond_the_buffers_is_memory_like_any_other(pool, monkeypatch) -> None:
+    monkeypatch.setattr(tile_pool, "BUFFER_BYTES", 100)
+    first, second = fill(pool, 2, 1), fill(pool, 1, 2)
+    assert first.eq(1).all() and second.eq(2).all()
+    assert pool.put(0, [first, second]) is None
+    both = [pool.put(0, [fill(pool, 2, value)]) for value in (3, 4)]
+    assert None not in both
+    assert fill(pool, 2, 5).eq(5).all(), "no buffer is free"
+    assert pool.take(both[0]).eq(3).all()
