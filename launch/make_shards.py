@@ -2,6 +2,7 @@
 
     python launch/make_shards.py data.json --out shards/train
     python launch/make_shards.py data.jsonl --out shards/train --image-root images --shard-size 256 --workers 8
+    python launch/make_shards.py data.json --out shards/train --part 3/8     on several machines (slurm/make_shards.sh)
     python launch/make_shards.py --out shards/train --verify           check everything; exit code 1 on any difference
     python launch/make_shards.py --out shards/train --inspect 6        print samples, draw their tiles
     python launch/make_shards.py --out tars --index-only               index WebDataset tars that are there already
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import time
 from collections import Counter
@@ -41,6 +43,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--skip-bad", action="store_true", help="leave bad records out and list them in OUT/bad_samples.jsonl")
     add("--parent-paths", action="store_true", help="allow '..' in the paths of images")
     add("--force", action="store_true", help="replace shards that were made from other input")
+    add("--part", metavar="I/N", help="make only the I-th of N parts (I from 1); the last to end completes the set")
     add("--index-only", action="store_true", help="write the index of the tars in --out, and leave them as they are")
     add("--tokenizer", metavar="PATH", help="also count tokens with the tokenizer of this model folder or hub id")
     add("--verify", action="store_true", help="check all checksums, all members and all images of --out")
@@ -54,9 +57,17 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     if not any(action not in (None, False) for action in actions):
         parser.error("name a data file, or one of --verify, --inspect, --index-only, --tokenizer for shards in --out")
     if arguments.data is None:
-        for name in ("image_root", "max_side"):
+        for name in ("image_root", "max_side", "part"):
             if getattr(arguments, name) is not None:
                 parser.error(f"--{name.replace('_', '-')} goes with a data file")
+    arguments.share = None
+    if arguments.part is not None:
+        found = re.fullmatch(r"(\d+)/(\d+)", arguments.part)
+        if found is None or not 1 <= int(found[1]) <= int(found[2]):
+            parser.error(f"--part is {arguments.part}; write I/N with I from 1 to N, as 3/8")
+        if arguments.force:
+            parser.error("--force throws away what other parts have made; remove the old set first")
+        arguments.share = int(found[1]) - 1, int(found[2])
     for name in ("workers", "inspect", "image_size", "max_num_patches"):
         if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
@@ -155,9 +166,13 @@ def make(arguments: argparse.Namespace, progress: Progress) -> None:
         image_root=arguments.image_root,
         n_workers=arguments.workers,
         force=arguments.force,
+        share=arguments.share,
         say=progress,
     )
     progress.clear()
+    if built.is_share:
+        print(f"{arguments.out}: part {arguments.part} is made, {built.samples} samples in {built.shards} shards")
+        return
     if built.was_complete:
         print(f"{arguments.out} is complete already")
     elif built.kept:

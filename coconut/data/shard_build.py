@@ -10,9 +10,11 @@ nor where a run was killed changes a byte of the result.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +31,7 @@ from coconut.data.shard_tar import TarFile, named, padded, sample_members
 from coconut.data.shard_writer import (
     PARTIAL,
     commit,
+    locked,
     output_folder,
     sample_hash,
     shard_bytes,
@@ -69,6 +72,7 @@ class Built:
     skipped: int
     kept: int  # shards that an earlier run had finished
     was_complete: bool = False
+    is_share: bool = False  # other processes have not made theirs yet
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,7 @@ class ShardTask:
 class ShardDone:
     samples: int
     was_there: bool
+    skipped: int
     faults: tuple[Fault, ...]  # bad images; without skip_bad, the first one
 
 
@@ -120,6 +125,7 @@ def build_shards(
     image_root: str | Path | None = None,
     n_workers: int = 1,
     force: bool = False,
+    share: tuple[int, int] | None = None,
     say: Say = lambda *_: None,
 ) -> Built:
     """Make the shards of a data file, or go on making them.
@@ -129,7 +135,9 @@ def build_shards(
         out: folder of the shards.
         image_root: folder of the images; None is that of the data file.
         n_workers: processes; the bytes of the result do not depend on it.
-        force: replace a set that was made from other input.
+        force: replace a set that was made from other input; not with `share`.
+        share: (i, n) with 0 <= i < n: make every n-th shard only, from the i-th on; n such calls, at once or one after
+            the other, on any machines, make the set, and the last one to end completes it.
         say: told of progress.
 
     Raises:
@@ -143,7 +151,7 @@ def build_shards(
     if not len(records):
         raise DataError(f"{data} holds zero samples")
     builder = _Builder(records, root, out, options)
-    with output_folder(out, LOCK_PATIENCE_S):
+    with output_folder(out, LOCK_PATIENCE_S, shared=share is not None):
         survey = builder.survey(n_workers, say)
         source = {
             "data_sha256": file_sha256(data),
@@ -151,13 +159,23 @@ def build_shards(
             "options": {name: value for name, value in vars(options).items() if name != "parent_paths"},
         }
         if not force and (complete := _is_complete(out, source, survey.newest_ns)) is not None:
-            shutil.rmtree(out / PARTIAL, ignore_errors=True)
+            if share is None:
+                shutil.rmtree(out / PARTIAL, ignore_errors=True)
             return complete
         if survey.faults and not options.skip_bad:
             reasons = [fault.reason for fault in survey.faults]
             raise DataError(summary(f"{data} has {len(reasons)} faults", reasons))
-        _prepare_partial(out, source, force=force)
-        return builder.build(survey, limit, source, n_workers, say)
+        tasks = list(_tasks(survey, limit))
+        if share is None:
+            _prepare_partial(out, source, force=force)
+            return builder.build(tasks, source, n_workers, say)
+        _join_partial(out, source)
+        mine = builder.make(tasks[share[0] :: share[1]], n_workers, say)
+    if not builder.has_parts(tasks):
+        return dataclasses.replace(mine, is_share=True)
+    # The last one: others wait here for each other, and find the set complete.
+    with locked(out, wait=True):
+        return _is_complete(out, source, survey.newest_ns) or builder.build(tasks, source, n_workers, say)
 
 
 class _Builder:
@@ -255,22 +273,32 @@ class _Builder:
 
     # -- the shards --
 
-    def build(self, survey: Survey, limit: int, source: dict[str, Any], n_workers: int, say: Say) -> Built:
+    def build(self, tasks: list[ShardTask], source: dict[str, Any], n_workers: int, say: Say) -> Built:
         """Make every shard that is not there yet, then the set of them."""
-        tasks = list(_tasks(survey, limit))
-        n_done = n_samples = n_kept = 0
-        for result in run_tasks(self.make_shard, tasks, min(n_workers, len(tasks))):
-            if result.faults and not self.options.skip_bad:
-                raise DataError(result.faults[0].reason)
-            n_done, n_samples, n_kept = n_done + 1, n_samples + result.samples, n_kept + result.was_there
-            say("writing shards", n_done, len(tasks), n_samples)
+        made = self.make(tasks, n_workers, say)
         folder = self.out / PARTIAL
         parts = [load_part(part_path(folder, shard_name(task.number))) for task in tasks]
         found = [part for part in parts if part is not None]
         assert len(found) == len(tasks), "a worker said that it wrote its part"
         n_samples = commit(self.out, found, source)
-        skipped = sum(len(part.skipped) for part in found)
-        return Built(n_samples, sum(part.shard is not None for part in found), skipped, n_kept)
+        for left_over in self.out.glob(f"{PARTIAL}-*"):  # of a process that was killed while it began
+            shutil.rmtree(left_over, ignore_errors=True)
+        return Built(n_samples, sum(part.shard is not None for part in found), made.skipped, made.kept)
+
+    def make(self, tasks: list[ShardTask], n_workers: int, say: Say) -> Built:
+        """Make those of the shards that are not there yet."""
+        done: list[ShardDone] = []
+        for result in run_tasks(self.make_shard, tasks, min(n_workers, len(tasks))):
+            if result.faults and not self.options.skip_bad:
+                raise DataError(result.faults[0].reason)
+            done.append(result)
+            say("writing shards", len(done), len(tasks), sum(one.samples for one in done))
+        n_shards, n_kept = sum(one.samples > 0 for one in done), sum(one.was_there for one in done)
+        return Built(sum(one.samples for one in done), n_shards, sum(one.skipped for one in done), n_kept)
+
+    def has_parts(self, tasks: list[ShardTask]) -> bool:
+        """Whether every shard was made, by anyone."""
+        return all(part_path(self.out / PARTIAL, shard_name(task.number)).is_file() for task in tasks)
 
     def make_shard(self, task: ShardTask) -> ShardDone:
         """Write one shard and its part, unless both are there."""
@@ -284,7 +312,7 @@ class _Builder:
         if part is not None and (
             part.shard is None or is_whole(folder / name, part.shard) or is_whole(self.out / name, part.shard)
         ):
-            return ShardDone(part.lengths["rows"], True, ())
+            return ShardDone(part.lengths["rows"], True, len(part.skipped), ())
         part_path(folder, name).unlink(missing_ok=True)
         tar = TarFile(folder / name)
         faults: list[Fault] = []
@@ -301,7 +329,7 @@ class _Builder:
         part = tar.close(fault.entry() for fault in skipped)
         if not faults or self.options.skip_bad:
             save_part(part_path(folder, name), part, fingerprint)
-        return ShardDone(part.lengths["rows"], False, tuple(faults))
+        return ShardDone(part.lengths["rows"], False, len(skipped), tuple(faults))
 
     def _fingerprint(self, task: ShardTask, samples: Sequence[Sample]) -> str:
         """Of all that decides a shard's bytes: texts, image files by size and time, and options."""
@@ -359,23 +387,50 @@ def _is_complete(out: Path, source: dict[str, Any], newest_ns: int) -> Built | N
 
 def _prepare_partial(out: Path, source: dict[str, Any], *, force: bool) -> None:
     """Begin, or go on with, the folder of unfinished work."""
-    folder = out / PARTIAL
-    note = folder / MANIFEST
-    identity = {name: source[name] for name in ("data_sha256", "options")}
-    if note.is_file() and not force:
-        try:
-            found = json.loads(note.read_text(encoding="utf-8"))
-        except ValueError:
-            found = None
-        if found != identity:
-            raise DataError(
-                f"{folder} holds an unfinished run of other input or options; give its command again to finish it, "
-                "choose another --out, or give it up with --force"
-            )
-        return
-    shutil.rmtree(folder, ignore_errors=True)
+    if force or not _is_ours(out, source):
+        shutil.rmtree(out / PARTIAL, ignore_errors=True)
+        _begin_partial(out, source)
+
+
+def _join_partial(out: Path, source: dict[str, Any]) -> None:
+    """The same for one of several processes: of those that begin it at once, one wins."""
+    if not _is_ours(out, source):
+        _begin_partial(out, source)
+        if not _is_ours(out, source):
+            raise DataError(f"{out / PARTIAL} holds something else; choose another --out, or remove it")
+
+
+def _is_ours(out: Path, source: dict[str, Any]) -> bool:
+    """Whether unfinished work of this input is there; DataError when it is of another."""
     try:
-        folder.mkdir()
-        write_manifest(folder, json.dumps(identity))
+        found = json.loads((out / PARTIAL / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return False
+    except ValueError:
+        found = None
+    if found != _identity(source):
+        raise DataError(
+            f"{out / PARTIAL} holds an unfinished run of other input or options; give its command again to finish it, "
+            "choose another --out, or give it up with --force"
+        )
+    return True
+
+
+def _begin_partial(out: Path, source: dict[str, Any]) -> None:
+    """A new folder with its note in it, at once; nothing where there is a folder already."""
+    try:
+        fresh = Path(tempfile.mkdtemp(prefix=f"{PARTIAL}-", dir=out))
+        fresh.chmod(0o755)
+        write_manifest(fresh, json.dumps(_identity(source)))
+        try:
+            fresh.rename(out / PARTIAL)
+        except OSError as error:
+            shutil.rmtree(fresh)
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
     except OSError as error:
-        raise DataError(f"{folder} cannot be written: {error.strerror}") from None
+        raise DataError(f"{out / PARTIAL} cannot be written: {error.strerror}") from None
+
+
+def _identity(source: dict[str, Any]) -> dict[str, Any]:
+    return {name: source[name] for name in ("data_sha256", "options")}

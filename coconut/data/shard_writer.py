@@ -193,15 +193,18 @@ def write_index(parts: Sequence[IndexPart], folder: Path) -> dict[str, dict[str,
 
 
 @contextmanager
-def output_folder(out: Path, patience_s: float = 0.0) -> Iterator[None]:
-    """Make a folder for shards and hold it against other writers; wait so long for one that is about to end."""
+def output_folder(out: Path, patience_s: float = 0.0, *, shared: bool = False) -> Iterator[None]:
+    """Make a folder for shards and hold it against other writers (shared: but those that share it too).
+
+    Waits `patience_s` seconds for one that is about to end.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"{out} cannot be made: {error}") from None
     give_up = time.monotonic() + patience_s
     while True:
-        held = locked(out, wait=False)
+        held = locked(out, wait=False, shared=shared)
         try:
             held.__enter__()
             break
@@ -216,12 +219,12 @@ def output_folder(out: Path, patience_s: float = 0.0) -> Iterator[None]:
 
 
 @contextmanager
-def locked(folder: Path, *, wait: bool) -> Iterator[None]:
+def locked(folder: Path, *, wait: bool, shared: bool = False) -> Iterator[None]:
     """Hold a folder against other writers on this machine; freed by the kernel when the process dies."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise DataError(f"another process is writing shards to {folder}") from None
         except OSError as error:

@@ -181,6 +181,42 @@ def test_killed_anywhere_it_leaves_no_half_set_and_goes_on(main, data, tmp_path,
     assert over_old or went_on > 8
 
 
+@pytest.mark.parametrize("at_once", [False, True])
+def test_parts_made_anywhere_are_the_same_set(main, data, tmp_path, capfd, at_once: bool) -> None:
+    assert make(main, data, tmp_path / "whole") == 0
+    out = tmp_path / "out"
+    if at_once:
+        children = []
+        for part in ("1/3", "2/3", "3/3"):
+            if (child := os.fork()) == 0:
+                os._exit(make(main, data, out, "--part", part))
+            children.append(child)
+        assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
+    else:
+        for n in (3, 4, 5):  # begun; before, and in, its first shards
+            assert killed_at_sync(main, n, (data, out, "--part", "2/3"))
+        for part in ("2/3", "3/3"):
+            assert make(main, data, out, "--part", part) == 0
+            assert f"part {part} is made" in capfd.readouterr().out
+            assert not (out / "manifest.json").exists()
+        assert make(main, data, out, "--part", "1/3") == 0
+        assert "60 samples in" in capfd.readouterr().out
+    assert contents(out) == contents(tmp_path / "whole")
+    assert make(main, data, out, "--part", "2/3") == 0
+    assert "complete already" in capfd.readouterr().out
+
+
+def test_a_part_of_other_input_or_that_is_none_is_refused(main, data, tmp_path, capsys) -> None:
+    assert make(main, data, tmp_path / "out", "--part", "1/2") == 0
+    (tmp_path / "other.json").write_text(json.dumps([GOOD]))
+    assert make(main, tmp_path / "other.json", tmp_path / "out", "--part", "2/2") == 2
+    assert "unfinished run of other input" in capsys.readouterr().err
+    for part in ("0/2", "3/2", "1", "a/b"):
+        with pytest.raises(SystemExit):
+            make(main, data, tmp_path / "out", "--part", part)
+        assert f"--part is {part}; write I/N" in capsys.readouterr().err
+
+
 def test_a_shard_damaged_after_the_kill_is_made_again(main, data, tmp_path) -> None:
     assert make(main, data, tmp_path / "whole") == 0
     assert killed_at_sync(main, 12, (data, tmp_path / "out"))
