@@ -118,10 +118,7 @@ preflight() {
 
 train_stage() {
   local before step
-  mapfile -t all < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-  export MASTER_ADDR=${all[0]} MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000)) # below the ports that systems give out
-  export COCONUT_RANK_LOGS=$LOGS
-  printf "%s slots=$COCONUT_RANKS_PER_NODE\n" "${all[@]}" >"$LOGS/hostfile"
+  use_ports
   before=$(newest_checkpoint)
   note "stage $STAGE starts${before:+ from ${before##*/}}"
   on_nodes "$LOGS/node-NODE.log" ranks launch/train.py --config "$CONFIG" "${OVERRIDES[@]}" stop_after_stage="$STAGE" &

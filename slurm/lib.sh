@@ -66,6 +66,15 @@ set_environment() {
   [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 }
 
+# Where the ranks of this job find each other; LOGS is the folder of this attempt.
+use_ports() {
+  local nodes
+  mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+  export MASTER_ADDR=${nodes[0]} MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000)) # below the ports that systems give out
+  export COCONUT_RANK_LOGS=$LOGS
+  printf "%s slots=$COCONUT_RANKS_PER_NODE\n" "${nodes[@]}" >"$LOGS/hostfile"
+}
+
 # One task on each node of the job: on_nodes LOG COMMAND...; NODE in LOG becomes the node's name.
 on_nodes() {
   local -x COCONUT_NODE_LOG=$1
