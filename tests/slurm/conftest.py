@@ -12,6 +12,7 @@ import pytest
 
 from launch.prepare_data import prepare_arrow_maze
 from tests.slurm.cluster import Cluster
+from tests.slurm.runs import Runs
 
 
 @pytest.fixture(scope="session")
@@ -41,3 +42,18 @@ def home(tmp_path_factory: pytest.TempPathFactory, project: Path) -> Path:
     sizes = {"train": 256, "val": 32, "test": 32, "test_paths": 16}
     prepare_arrow_maze(folder / "data" / "arrow_maze", sizes=sizes)
     return folder
+
+
+@pytest.fixture(scope="session")
+def runs(cluster: Cluster, home: Path, full: bool) -> Runs:
+    return Runs(cluster, home, full)
+
+
+@pytest.fixture(scope="session")
+def unbroken(runs: Runs) -> str:
+    """An array that nothing disturbs, one element longer than the run; its number."""
+    end = runs.last + 1
+    # Without %1 all elements start at once: the later ones have to step back.
+    job = runs.submit("unbroken", options=(f"--array=0-{end}",))
+    runs.wait(job, last=end)
+    return job
