@@ -25,8 +25,30 @@ from PIL import Image
 Array = NDArray[np.float64]
 
 #: Colours of methods in their order; told apart without red and green, on light and on dark.
-LIGHT_SERIES = ("#0f766e", "#3b5bdb", "#c2571a", "#8b3fa8", "#8a6d00", "#5b6470")
-DARK_SERIES = ("#3cc4b4", "#91a7ff", "#f0955b", "#cf8fe6", "#e0bd3f", "#aab2bd")
+LIGHT_SERIES = (
+    "#0f766e",
+    "#3b5bdb",
+    "#c2571a",
+    "#8b3fa8",
+    "#8a6d00",
+    "#5b6470",
+    "#b02a6f",
+    "#3f6f1f",
+    "#6b4423",
+    "#0b6fa4",
+)
+DARK_SERIES = (
+    "#3cc4b4",
+    "#91a7ff",
+    "#f0955b",
+    "#cf8fe6",
+    "#e0bd3f",
+    "#aab2bd",
+    "#f783ac",
+    "#a9d46f",
+    "#c79a72",
+    "#66c2ee",
+)
 _DPI = 160
 
 
@@ -152,7 +174,7 @@ def draw_methods(bars: Sequence[Bar], floors: dict[str, float], whiskers: str, s
                 row, bar.latents, height=0.56, color=colour, alpha=0.45, hatch="///", edgecolor=style.paper, linewidth=0
             )
             right.barh(row, bar.tokens, left=bar.latents, height=0.56, color=colour)
-            parts = [f"{bar.latents:.3g} thought{'s' * (bar.latents != 1)}"] if bar.latents else []
+            parts = [f"{bar.latents:.3g} latent"] if bar.latents else []  # thoughts, or pauses read one by one
             parts.append(f"{bar.tokens:.3g} token{'s' * (bar.tokens != 1)}")
             end = (bar.latents + bar.tokens, row)
             right.annotate(" + ".join(parts), end, (5, 0), textcoords="offset points", va="center")
