@@ -50,13 +50,13 @@ def test_a_higher_partition_preempts(runs: Runs, unbroken: str) -> None:
 
 
 def test_a_time_limit_is_met_inside_a_stage(runs: Runs) -> None:
-    """One stage that takes longer than a minute, which is the shortest limit."""
-    words = ("max_latent_stage=0", "samples_per_epoch=256", "stages.0.epochs=12")
-    whole = runs.submit("at-once", *words, options=("--array=0-0",))
-    runs.wait(whole, last=0)
+    """A first stage that takes longer than a minute or two: limits are whole minutes."""
+    words = ("max_latent_stage=1", "samples_per_epoch=256", "stages.0.epochs=12")
+    whole = runs.submit("at-once", *words, options=("--array=0-1%1",))
+    runs.wait(whole, last=1)
     # The signal comes up to a minute before its time.
-    limited = runs.submit("limited", *words, options=("--array=0-0", "--time=2", "--signal=B:USR1@45"))
-    runs.wait(limited, last=0)
+    limited = runs.submit("limited", *words, options=("--array=0-1%1", "--time=2", "--signal=B:USR1@45"))
+    runs.wait(limited, last=1)
     assert "starts again: time limit or preemption" in [text for _, text in runs.history("limited")]
     runs.assert_equal("at-once", "limited")
 

@@ -32,7 +32,8 @@ def test_an_array_evaluates_all_stages_and_reports_once(runs: Runs, unbroken: st
     summaries = [json.loads((folder / "eval" / f"stage_{stage}" / "summary.json").read_text()) for stage in stages]
     assert [summary["n_samples"] for summary in summaries] == [8] * len(stages)
     page = (folder / "report" / "index.html").read_text()
-    assert all(f"stage {stage}" in page.lower() for stage in stages)
+    methods = ["CoT", *(f"Coconut, stage {stage}" for stage in stages[1:-1]), "Coconut"]
+    assert all(f">{method}<" in page for method in methods)
     assert not list(folder.glob(".report-of-*")) and not list(folder.glob("eval/*/evaluated-*"))
 
 
