@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,6 @@ class Split:
     reader: ShardSets
     tokens_N: NDArray[np.float64]  # of each sample, image tokens included
     tails_N: NDArray[np.float64]  # tokens of steps and answer, which tokens_N count too
-    patches_N: NDArray[np.float64]
     #: File that the tokens are taken from; None: estimated from characters. Of several sets, that of each.
     token_counts: str | dict[str, str | None] | None
 
@@ -129,8 +128,7 @@ def open_sets(config: Any, key: str, paths: Iterable[str], encoder: SampleEncode
             "give more data or start fewer ranks"
         )
     token_counts = counts if len(counts) > 1 else next(iter(counts.values()))
-    sets = ShardSets(readers, limit)
-    return Split(sets, tokens_N, tails_N, sets.patches(num_patches).astype(np.float64), token_counts)
+    return Split(ShardSets(readers, limit), tokens_N, tails_N, token_counts)
 
 
 def _look_at_some(reader: ShardReader, key: str, encoder: SampleEncoder) -> None:
@@ -212,8 +210,15 @@ class TrainingInputs:
         assert self.train is not None
         spec, steps = self.stages.spec(stage), int(self.train.reader.n_steps().max())
         passes = spec.n_latents if spec.pad_latent_to_max else min(spec.n_latents, spec.c_thought * steps)
-        per_patch, per_pass = self.config.cost_per_patch, self.config.cost_per_latent_pass
-        return self.train.tokens_N + per_patch * self.train.patches_N + per_pass * passes
+        costs = self.train.tokens_N + self.config.cost_per_latent_pass * passes
+        return costs + self.config.cost_per_patch * self.patches if self.config.cost_per_patch else costs
+
+    @cached_property
+    def patches(self) -> NDArray[np.int64]:
+        """Image tiles of every training sample."""
+        assert self.train is not None
+        processor = self.encoder.image_processor
+        return self.train.reader.patches(processor.num_patches if processor is not None else lambda width, height: 0)
 
     def parts(self, stage: int) -> list[MixturePart]:
         """The training sets of a stage, as parts of the whole training data."""

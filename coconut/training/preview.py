@@ -53,7 +53,7 @@ class PreviewRow:
     image_sizes: list[tuple[int, int]]  # pixels
     tiles: list[torch.Tensor]  # of each image, uint8 [P, 3, H, W]
     grids: list[tuple[int, int]]  # of each image, columns and rows of tiles
-    planned_cost: float  # tokens, as the plan estimates them
+    planned_cost: float  # as the plan estimates it, in tokens
 
     def count(self, kind: str) -> int:
         return sum(span.tokens for span in self.spans if span.kind == kind)
@@ -221,7 +221,7 @@ def _row(
         image_sizes=sizes,
         tiles=tiles,
         grids=grids,
-        planned_cost=float(preview.train.tokens_N[index]),
+        planned_cost=float(preview.inputs.costs(stage)[index]),
     )
 
 

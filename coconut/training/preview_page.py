@@ -223,7 +223,7 @@ def terminal_stats(histograms: Sequence[Histogram], balances: Sequence[KindOfPla
         lines.append(f"{histogram.name:14s} |{bar}|  {histogram_facts(histogram)}")
     rows = [BALANCE_HEAD, *(balance_cells(plan) for plan in balances)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(BALANCE_HEAD))]
-    lines += ["", f"{ranks} ranks; cost is tokens, image tokens included:"]
+    lines += ["", f"{ranks} ranks; cost in tokens, as planned:"]
     lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join(lines)
 

@@ -99,7 +99,7 @@ def test_the_script_prints_keys_that_the_plan_follows(config_file: Path, capsys:
     assert config.cost_per_patch > 1, "a tile of 64 patches through the vision tower costs more than a token of text"
     opened = open_preview(config)
     plain = open_preview(load_config(config_file))
-    patches = opened.train.patches_N
+    patches = opened.inputs.patches
     assert set(patches) >= {0, 1, 13} and plain.train.tokens_N.tolist() == plain.inputs.costs(3).tolist()
     for stage, passes in ((0, 0), (3, 3), (5, 4)):
         added = opened.inputs.costs(stage) - opened.train.tokens_N
