@@ -108,6 +108,9 @@ def open_sets(config: Any, key: str, paths: Iterable[str], encoder: SampleEncode
             allow_pipe=config.allow_pipe_urls,
         )
 
+    def look_at(path: str) -> None:
+        _look_at_some(open_path(path), key, encoder)
+
     processor, name = encoder.image_processor, tokens_name(encoder.tokenizer)
     num_patches = processor.num_patches if processor is not None else lambda width, height: 0
     readers: dict[str, ShardReader] = {}
@@ -115,7 +118,7 @@ def open_sets(config: Any, key: str, paths: Iterable[str], encoder: SampleEncode
     lengths: list[list[NDArray[np.float64]]] = []
     for path in paths:
         # One process writes the cache, also where nodes share no file locks.
-        on_main_first(partial(lambda path: _look_at_some(open_path(path), key, encoder), path))
+        on_main_first(partial(look_at, path))
         reader = readers[path] = open_path(path)
         counts[path] = name if name in reader.index.token_files else None
         of_set = sample_lengths(reader, encoder.tokenizer, num_patches, encoder.tokens_per_patch)

@@ -119,7 +119,7 @@ def test_predicted_costs_follow_measured_times(config_file: Path) -> None:
     fit = fit_costs(measure(opened, MultimodalCoconut.from_pretrained(config.model_id, config), seconds=5))
     print(fit)
     assert fit.error < 0.25
-    assert fit.error < 0.7 * fit.error_of_tokens
+    assert fit.error < 0.8 * fit.error_of_tokens
 
 
 def test_bad_arguments(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
