@@ -79,7 +79,8 @@ def make_demo_data(config: Config) -> None:
 
     One process makes them, the others wait: each takes the folder's lock in turn, and then finds all in place.
     """
-    wanted = (config.get("train_data_path"), config.get("model_id"))
+    data = config.get("train_data_path")
+    wanted = (data if isinstance(data, str) else None, config.get("model_id"))
     if not any(path and Path(path).is_relative_to(DEMO_DATA) and not Path(path).exists() for path in wanted):
         return
     from launch.prepare_data import prepare_arrow_maze
@@ -140,13 +141,14 @@ def load_inputs(config: Config) -> tuple[Any, Any]:
     """Tokenizer and image processor; opens the data sets once, so that broken data fails before a model is loaded."""
     from coconut.data import ImageProcessor, SampleEncoder
     from coconut.data.stage_text import build_prompt_template
-    from coconut.training.inputs import open_split
+    from coconut.training.inputs import open_split, open_training
+    from coconut.training.stages import StageManager
     from coconut.utils.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(config.load_model_path or config.model_id)
     processor = ImageProcessor.from_config(config)
     encoder = SampleEncoder(tokenizer, processor, build_prompt_template(tokenizer, config.prompt_format), 0)
-    open_split(config, "train_data_path", encoder, config.max_train_samples)
+    open_training(config, StageManager.from_config(config), encoder)
     open_split(config, "val_data_path", encoder, config.max_val_samples)
     open_split(config, "test_data_path", encoder)
     return tokenizer, processor

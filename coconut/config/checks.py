@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from coconut.config.data_paths import data_mixture
 from coconut.config.faults import Fault, Note
 
 #: Folder that a command makes -> the command.
@@ -73,19 +74,26 @@ def missing_paths(values: Mapping[str, Any]) -> list[Fault]:
     needed = "test_data_path" if values["only_eval"] else "train_data_path"
     if values[needed] is None:
         faults.append(Fault(needed, f"{needed}: not set; {_OWN_DATA}"))
-    unused = ("train_data_path", "val_data_path") if values["only_eval"] else ()
-    for key in ("train_data_path", "val_data_path", "test_data_path"):
-        if values[key] is None or key in unused:
-            continue
-        if looks_remote(values[key]):
-            faults += _unusable_url(key, values)
-        elif not Path(values[key]).exists():
-            faults.append(Fault(key, f"{key} = {values[key]!r}: does not exist; {_recipe(values[key]) or _OWN_DATA}"))
+    for key, path in _data_paths(values):
+        if looks_remote(path):
+            faults += _unusable_url(key, path, values)
+        elif not Path(path).exists():
+            faults.append(Fault(key, f"{key} = {path!r}: does not exist; {_recipe(path) or _OWN_DATA}"))
     if values["val_data_path"] is None and not values["only_eval"]:
         for key in _NEED_VALIDATION:
             if values[key] or (key == "advance_at" and any(table.get(key) for table in values["stages"].values())):
                 faults.append(Fault(key, f"{key}: looks at validation, but val_data_path is not set"))
     return faults + _missing_model(values) + _missing_others(values)
+
+
+def _data_paths(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Key and path of all data that a run reads."""
+    if not values["only_eval"]:
+        tables = {f"stages.{stage}.train_data_path": own for stage, own in values["stages"].items()}
+        for key, table in {"train_data_path": values, **tables}.items():
+            yield from ((key, path) for path in data_mixture(table.get("train_data_path")))
+        yield from (("val_data_path", path) for path in data_mixture(values["val_data_path"]))
+    yield from (("test_data_path", path) for path in data_mixture(values["test_data_path"]))
 
 
 def _missing_model(values: Mapping[str, Any]) -> list[Fault]:
@@ -115,8 +123,7 @@ def _missing_others(values: Mapping[str, Any]) -> list[Fault]:
     return faults
 
 
-def _unusable_url(key: str, values: Mapping[str, Any]) -> list[Fault]:
-    url = values[key]
+def _unusable_url(key: str, url: str, values: Mapping[str, Any]) -> list[Fault]:
     if values["only_eval"]:
         return [Fault(key, f"{key} = {url!r}: only_eval reads local data; fetch them, or score at the end of a run")]
     if url.startswith("pipe:") and not values["allow_pipe_urls"]:

@@ -152,7 +152,7 @@ class Config(_Keys):
 
         Args:
             stage: number of the stage.
-            name: learning_rate, epochs, uniform_prob, warmup_steps or advance_at.
+            name: learning_rate, epochs, uniform_prob, warmup_steps, advance_at or train_data_path.
         """
         own: Mapping[str, Any] = self.stages.get(stage, {})
         return own[name] if name in own else getattr(self, STAGE_KEYS[name])

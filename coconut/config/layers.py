@@ -14,6 +14,7 @@ STAGE_KEYS = {
     "uniform_prob": "uniform_prob",
     "warmup_steps": "warmup_steps",
     "advance_at": "advance_at",
+    "train_data_path": "train_data_path",
 }
 
 

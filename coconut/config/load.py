@@ -122,10 +122,10 @@ def _read_chain(path: Path, above: list[Path], faults: list[Fault]) -> list[Laye
 
 
 def _typed(key: str, text: str) -> Any:
-    """The value of an override: kept as text where the key takes text, else read as YAML."""
+    """The value of an override: kept as text where the key takes text, else read as YAML; so is a table."""
     field = Schema.model_fields.get(RENAMED.get(key, key))
     kinds = _kinds(field.annotation) if field else set()
-    if str not in kinds:
+    if str not in kinds or (dict in kinds and text.lstrip().startswith("{")):
         return parse_value(text)
     if types.NoneType in kinds and text.strip().lower() in ("null", "none", "~"):
         return None
@@ -141,6 +141,8 @@ def _kinds(annotation: Any) -> set[Any]:
         return _kinds(get_args(annotation)[0])
     if origin in (Union, types.UnionType):
         return set().union(*(_kinds(part) for part in get_args(annotation)))
+    if origin is dict:
+        return {dict}
     return {annotation}
 
 

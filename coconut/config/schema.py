@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, with_config
 from typing_extensions import TypedDict
 
+from coconut.config.data_paths import check_data_path
+
 METHODS = ("coconut", "cot", "no_cot")
 
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -27,6 +29,7 @@ def _not_python_none(value: Any) -> Any:
 Int = Annotated[int, BeforeValidator(_not_bool)]
 Float = Annotated[float, BeforeValidator(_not_bool)]
 Text = Annotated[str, BeforeValidator(_not_python_none)]
+DataPath = Annotated[str | dict[str, float], BeforeValidator(check_data_path)]
 
 
 @with_config(_STRICT)
@@ -38,6 +41,7 @@ class StageSettings(TypedDict, total=False):
     uniform_prob: Annotated[Float, Field(ge=0, le=1, description="stage mixing in this stage")]
     warmup_steps: Annotated[Int, Field(ge=0, description="warm-up of this stage, in optimizer steps")]
     advance_at: Annotated[Float | None, Field(gt=0, le=1, description="matching fraction that ends this stage")]
+    train_data_path: Annotated[DataPath, Field(description="training data of this stage: a path, or path: weight")]
 
 
 class Schema(BaseModel):
@@ -131,7 +135,8 @@ class Schema(BaseModel):
     )
     stages: dict[Annotated[int, Field(ge=0)], StageSettings] = Field(
         default_factory=dict,
-        description="settings of single stages: learning_rate, epochs, uniform_prob, warmup_steps, advance_at",
+        description="settings of single stages: learning_rate, epochs, uniform_prob, warmup_steps, advance_at, "
+        "train_data_path",
     )
 
     # -- optimization --
@@ -151,12 +156,19 @@ class Schema(BaseModel):
         "null = batch_size_training x gradient_accumulation_steps x ranks",
     )
     samples_per_epoch: Int | None = Field(
-        None, ge=1, description="samples that count as an epoch; null = the whole training set"
+        None, ge=1, description="samples that count as an epoch; null = as many as the training sets hold together"
     )
     balance: Literal["none", "count", "cost"] = Field(
         "count",
         description="micro-batches of one step: count: equal numbers of samples, dealt by cost; none: as they come; "
-        "cost: of like length up to a cost budget, batch_size_training samples on average; steps vary more in length",
+        "cost: of like length up to a cost budget, batch_size_training samples on average, for steps of four or more "
+        "micro-batches a rank (docs/data.md)",
+    )
+    cost_per_patch: Float = Field(
+        0.0, ge=0, description="what a tile costs beside its image tokens, in tokens (launch/calibrate.py measures it)"
+    )
+    cost_per_latent_pass: Float = Field(
+        0.0, ge=0, description="what a latent pass costs for one sample, in tokens (launch/calibrate.py measures it)"
     )
     max_steps: Int | None = Field(None, ge=1, description="optimizer steps after which the run ends; null = no limit")
     stop_after_stage: Int | None = Field(
@@ -182,13 +194,17 @@ class Schema(BaseModel):
     )
 
     # -- data --
-    train_data_path: Text | None = Field(
-        None, description="training data: JSON, JSONL, a folder of shards, or the URL of one (https://, s3://)"
+    train_data_path: DataPath | None = Field(
+        None,
+        description="training data: JSON, JSONL, a folder of shards, or the URL of one (https://, s3://); several are "
+        "mixed by weight: {data/a: 2, data/b: 1}",
     )
     val_data_path: Text | None = Field(None, description="validation data; null = no validation")
     test_data_path: Text | None = Field(None, description="test data, scored once at the end or by only_eval")
     image_root: Text | None = Field(None, description="folder that relative image paths of JSON data start from")
-    max_train_samples: Int | None = Field(None, ge=1, description="use only the first so many training samples")
+    max_train_samples: Int | None = Field(
+        None, ge=1, description="use only the first so many samples of each training set"
+    )
     max_val_samples: Int | None = Field(None, ge=1, description="use only the first so many validation samples")
     num_workers: Int = Field(4, ge=0, le=256, description="data loader processes of a rank; 0 = load in the rank")
     shard_cache: Text | None = Field(

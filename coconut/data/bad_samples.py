@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import PurePath
 
 from coconut.types import Batch
 
@@ -27,7 +28,8 @@ class BadSample:
     @classmethod
     def from_error(cls, shard: str, key: str, error: Exception) -> BadSample:
         reason = str(error)
-        for known in (f"{shard} (key {key})", shard):
+        name = PurePath(shard).name  # of several sets, `shard` is a path
+        for known in (f"{shard} (key {key})", shard, f"{name} (key {key})", name):
             reason = reason.removeprefix(known).lstrip(",: ")
         return cls(shard, key, reason)
 

@@ -109,7 +109,7 @@ def _record(members: dict[str, bytes], where: str) -> dict[str, Any]:
         if "json" in members:
             record = json.loads(members["json"])
         texts = {name: members[name].decode().strip() for name in TEXT_MEMBERS if name in members}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: its json or txt member cannot be read: {error}") from None
     if not isinstance(record, dict):
         raise DataError(f"{where}: its json member is no object with question, steps and answer")

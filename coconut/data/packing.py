@@ -88,7 +88,7 @@ def pattern_for(
         groups=groups_small,
         group=group_small,
         repeats=repeats,
-        budget=budget,
+        budget=budget * float(lengths_N.sum() / costs_N.sum()),  # of rows, which the search counts in tokens
     )
 
 

@@ -81,7 +81,7 @@ def find_pattern(
             holds samples of one rank.
         steps, groups, group: steps of the pattern, groups of a step, slots of a group.
         repeats: a step of the epoch holds each slot of the pattern so often.
-        budget: the most that a slot of several samples should cost, padding included.
+        budget: the most tokens that a slot of several samples should take, padding included.
     """
     n_slots, n_items = steps * groups * group, len(costs)
     search = _Search(costs, ranks, steps, groups, group, repeats, budget)

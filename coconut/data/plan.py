@@ -5,7 +5,8 @@
 
 The samples are shuffled once a *pass*; passes follow one another, and an epoch is the next
 ``samples_per_epoch`` samples of that endless row (by default, a whole pass). So each sample comes exactly
-once a pass, whatever the epoch's length. A step takes the next samples of the row and deals them to its
+once a pass, whatever the epoch's length. Several sets are mixed by weight, each with a row of its own (`order`).
+A step takes the next samples of the row and deals them to its
 *slots*, the micro-batches that all ranks together run before the optimizer steps: equal counts, give or
 take one, and about equal cost. Rank r of W runs the slots s with s % W == r, so neither the samples of a
 step nor those of a slot depend on the number of ranks, and a position is two integers: epoch and step.
@@ -16,15 +17,16 @@ slots that run at the same time cost the same, and each step has its share of ev
 
 from __future__ import annotations
 
-import hashlib
 import heapq
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from coconut.data import packing
+from coconut.data.order import MixturePart, epoch_order, hashed, typical_samples
 from coconut.types import DataError
 
 BALANCES = ("none", "count", "cost")
@@ -87,6 +89,7 @@ def make_plan(
     balance: str = "count",
     group: int = 1,
     lengths: tuple[NDArray, NDArray] | None = None,
+    parts: Sequence[MixturePart] | None = None,
 ) -> EpochPlan:
     """Plan an epoch.
 
@@ -97,18 +100,20 @@ def make_plan(
         slots: micro-batches of an optimizer step over all ranks.
         samples_per_step: most samples of an optimizer step over all ranks; with ``cost``, as many as a budget
             of the costliest sample allows, if this is one a slot.
-        samples_per_epoch: length of an epoch; None is the whole data set.
+        samples_per_epoch: length of an epoch; None is the whole data set, or as many samples as all parts hold.
         balance: ``none`` takes samples as they come, ``count`` deals equal counts of about equal cost, ``cost`` packs
             samples of like length up to a cost budget.
         group: with ``cost``, slots that run at the same time; divides `slots`.
         lengths: with ``cost``, tokens of each sample's prompt and of what follows it, [samples] each.
+        parts: which samples are mixed, and how; None is all of them as one set.
 
     Raises:
-        DataError: zero samples, a number below 1, or an unknown balance.
+        DataError: zero samples, a number below 1, a part without a share, or an unknown balance.
     """
     if balance not in BALANCES:
         raise DataError(f"balance is {balance!r}; choose {', '.join(BALANCES)}")
-    n_samples = len(costs)
+    parts = parts if parts is not None else [MixturePart(0, len(costs))]
+    n_samples = sum(part.size for part in parts)
     if n_samples == 0:
         raise DataError("there are zero samples to plan an epoch of")
     length = n_samples if samples_per_epoch is None else samples_per_epoch
@@ -120,24 +125,20 @@ def make_plan(
     ):
         if value < least:
             raise DataError(f"{name} is {value}; it must be at least {least}")
-    first, last = epoch * length, (epoch + 1) * length  # positions in the row of passes, the last excluded
-    pieces = []
-    for number in range(first // n_samples, -(-last // n_samples)):
-        start = number * n_samples
-        order = pass_order(n_samples, seed, number)
-        pieces.append(order[max(first - start, 0) : min(last - start, n_samples)])
-    order = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+    order = epoch_order(parts, seed=seed, epoch=epoch, length=length)
     costs = np.asarray(costs, dtype=np.float64)
     if balance == "cost":
         if slots % group:
             raise DataError(f"group is {group}; it must divide the {slots} slots of a step")
-        prompts, tails = lengths if lengths is not None else (costs, np.zeros(n_samples))
-        return _packed(order, costs, prompts, tails, slots, samples_per_step, group, f"{seed}\0{epoch}")
+        prompts, tails = lengths if lengths is not None else (costs, np.zeros(len(costs)))
+        typical = typical_samples(parts, length)
+        return _packed(order, typical, costs, prompts, tails, slots, samples_per_step, group, f"{seed}\0{epoch}")
     return EpochPlan(order, costs, slots, -(-length // samples_per_step), is_balanced=balance == "count")
 
 
 def _packed(
     row: NDArray[np.int64],
+    typical: NDArray[np.int64] | slice,
     costs: NDArray[np.float64],
     prompts: NDArray,
     tails: NDArray,
@@ -146,14 +147,14 @@ def _packed(
     group: int,
     name: str,
 ) -> EpochPlan:
-    """The epoch whose samples are `row`, packed pool by pool."""
+    """The epoch whose samples are `row`, packed pool by pool, after a pattern made for the `typical` samples."""
     lengths = prompts + tails
-    budget, samples = budget_of(costs, lengths, slots, samples_per_step)
+    budget, samples = budget_of(costs[typical], lengths[typical], slots, samples_per_step)
     n_steps = -(-len(row) // samples)
     pattern = packing.pattern_for(
-        costs,
-        prompts,
-        lengths,
+        costs[typical],
+        prompts[typical],
+        lengths[typical],
         n_steps=n_steps,
         samples=-(-len(row) // n_steps),
         slots=slots,
@@ -200,30 +201,6 @@ def budget_of(costs: NDArray[np.float64], lengths: NDArray, slots: int, samples_
 
 def _named_hash(prefix: str, n: int, name: str) -> NDArray[np.uint64]:
     return hashed(n, f"{prefix}\0{name}")
-
-
-@lru_cache(maxsize=2)  # the epochs of one pass follow each other
-def pass_order(n_samples: int, seed: int, number: int) -> NDArray[np.int64]:
-    """The order of all samples in pass ``number``: int64 [n_samples], a permutation.
-
-    Sorts by a hash (splitmix64) rather than asking a library's generator, whose streams may change with
-    its version: a run that is resumed after an upgrade must see the samples it would have seen.
-    """
-    order = np.argsort(hashed(n_samples, f"pass-order\0{seed}\0{number}"), kind="stable")
-    order.setflags(write=False)  # it is shared through the cache
-    return order
-
-
-def hashed(n: int, name: str) -> NDArray[np.uint64]:
-    """A pseudo-random number for each of 0 .. n-1, by `name` alone."""
-    key = hashlib.sha256(name.encode()).digest()
-    start = np.uint64(int.from_bytes(key[:8], "big"))
-    with np.errstate(over="ignore"):  # arithmetic is modulo 2**64
-        mixed = start + (np.arange(n, dtype=np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    mixed ^= mixed >> np.uint64(31)
-    return mixed
 
 
 def deal(samples: NDArray[np.int64], costs: NDArray[np.float64], slots: int) -> list[NDArray[np.int64]]:

@@ -157,7 +157,7 @@ class ShardIndex:
 
     Args:
         directory: folder of the shards.
-        check_shards: whether every tar must be there at its full size; `shard_verify` looks more closely itself.
+        check_shards: whether every tar must be there at its full size.
 
     Raises:
         DataError: no manifest (not shards, or their writing was cut short), another version, or a file

@@ -25,7 +25,6 @@ from numpy.typing import NDArray
 
 from coconut.config.checks import looks_remote
 from coconut.data.foreign_tar import read_foreign
-from coconut.data.image import image_header, open_image
 from coconut.data.remote import RemoteShards, open_remote
 from coconut.data.sample import read_samples, sample_from_record, summary
 from coconut.data.shard_index import FOREIGN, MANIFEST, VERSION, ShardIndex, file_sha256
@@ -58,7 +57,7 @@ class ShardReader:
     ) -> None:
         self.directory = Path(directory)
         self.allow_damage, self.remote = allow_damage, remote
-        self.index = _IndexAlone(self.directory) if allow_damage or remote is not None else ShardIndex(self.directory)
+        self.index = ShardIndex(self.directory, check_shards=not allow_damage and remote is None)
         if remote is None:
             self._refuse_missing_shards()
         self._open: OrderedDict[int, int] = OrderedDict()  # shard -> file descriptor, least recent first
@@ -136,34 +135,6 @@ class ShardReader:
                 found.append(f"{path} is {size} bytes long instead of {shard.bytes}")
         return found
 
-    def verify(self) -> int:
-        """Check every file's checksum, then every sample against the index, its images decoded.
-
-        Returns:
-            the number of samples.
-
-        Raises:
-            DataError: listing the faults, the first few spelled out.
-        """
-        faults = [
-            f"{name}: its SHA-256 is not that of the manifest"
-            for name, expected in self.index.expected_sha256().items()
-            if file_sha256(self.directory / name) != expected
-        ]
-        for index in range(len(self)):
-            try:
-                sample = self.read(index)
-                sizes = [image_header(image)[:2] for image in sample.images]
-                if sizes != self.image_sizes(index):
-                    raise DataError(f"images of {sizes} pixels, in the index {self.image_sizes(index)}")
-                for image in sample.images:
-                    open_image(image)
-            except DataError as error:
-                faults.append(f"sample {index}: {error}")
-        if faults:
-            raise DataError(summary(f"{self.directory} has {len(faults)} faults", faults))
-        return len(self)
-
     def _descriptor(self, shard: int) -> int:
         """An open shard. Reads name their own position (pread), so forked workers may share descriptors."""
         if shard in self._open:
@@ -184,13 +155,6 @@ class ShardReader:
         if missing:
             lines = [f"{self.directory / name} is missing; copy or write the shards again" for name in missing]
             raise DataError(summary(f"{self.directory} lacks {len(missing)} shards", lines))
-
-
-class _IndexAlone(ShardIndex):
-    """An index whose shards are not looked at when it is opened."""
-
-    def expected_bytes(self) -> dict[str, int]:
-        return {name: entry["bytes"] for name, entry in self.files.items()}
 
 
 def open_dataset(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
@@ -25,13 +25,17 @@ _PRIVATE = ("save_path", "project", "wandb_project", "log_level", "resume")
 
 def public_config(config: dict[str, Any]) -> dict[str, Any]:
     """A run's configuration without the names of this machine's folders: of a path its last two parts are kept."""
-    return {
-        name: "/".join(PurePath(value).parts[-2:])
-        if name in _PATHS and value and PurePath(value).is_absolute()
-        else value
-        for name, value in config.items()
-        if name not in _PRIVATE
-    }
+    return {name: _public(name, value) for name, value in config.items() if name not in _PRIVATE}
+
+
+def _public(name: str, value: Any) -> Any:
+    if name == "stages" and value:
+        return {stage: {key: _public(key, own) for key, own in table.items()} for stage, table in value.items()}
+    if name not in _PATHS or not value:
+        return value
+    if isinstance(value, Mapping):  # a mixture, path -> weight
+        return {_public(name, path): weight for path, weight in value.items()}
+    return "/".join(PurePath(value).parts[-2:]) if PurePath(value).is_absolute() else value
 
 
 def model_card(

@@ -1,23 +1,27 @@
 """What a run reads: its data sets, opened and checked once, and the loader of each stage and epoch.
 
-train_data_path --open_dataset--> ShardReader --costs, make_plan(epoch)--> StreamLoader --> Batch
+train_data_path --open_dataset--> ShardSets --costs, make_plan(epoch)--> StreamLoader --> Batch
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from coconut.config.data_paths import data_mixture
 from coconut.config.deepspeed import BatchGeometry
 from coconut.data.collate import MultimodalCollator
 from coconut.data.encode import SampleEncoder
+from coconut.data.order import MixturePart, share_out
 from coconut.data.plan import make_plan
+from coconut.data.shard_sets import ShardSets
 from coconut.data.shards import ShardReader, open_dataset
 from coconut.data.stream import StreamLoader
 from coconut.data.token_counts import sample_lengths, tokens_name
@@ -34,31 +38,68 @@ MOST_LOOKED_AT = 16
 
 @dataclass(frozen=True)
 class Split:
-    """One data set of a run, and what each of its samples costs (the first so many, when it is limited)."""
+    """The data of one split of a run, and how long its samples are (the first so many of a set, when it is limited)."""
 
-    reader: ShardReader
-    costs_N: NDArray[np.float64]
-    tails_N: NDArray[np.float64]  # tokens of steps and answer, which costs_N count too
-    token_counts: str | None  # file of the counts that these are taken from; None: estimated from characters
+    reader: ShardSets
+    tokens_N: NDArray[np.float64]  # of each sample, image tokens included
+    tails_N: NDArray[np.float64]  # tokens of steps and answer, which tokens_N count too
+    #: File that the tokens are taken from; None: estimated from characters. Of several sets, that of each.
+    token_counts: str | dict[str, str | None] | None
 
     def __len__(self) -> int:
-        return len(self.costs_N)
+        return len(self.tokens_N)
 
 
 def open_split(config: Any, key: str, encoder: SampleEncoder, limit: int | None = None) -> Split | None:
-    """The data set that configuration key `key` names, or None when it names none.
+    """The data set that configuration key `key` names, or None when it names none; see `open_sets`."""
+    path = getattr(config, key)
+    return None if path is None else open_sets(config, key, [path], encoder, limit)
+
+
+def open_training(config: Any, stages: StageManager, encoder: SampleEncoder) -> Split | None:
+    """All training data of a run, of all its stages; None when there are none. See `open_sets`.
+
+    Raises:
+        ConfigError: the weight of a set gives it less than a sample of an epoch.
+    """
+    mixtures = {stage: training_mixture(config, stages, stage) for stage in stages.stages}
+    paths = sorted({path for mixture in mixtures.values() for path in mixture})
+    if not paths:
+        return None
+    split = open_sets(config, "train_data_path", paths, encoder, config.max_train_samples)
+    for stage, mixture in mixtures.items():
+        length = config.samples_per_epoch or sum(split.reader.sizes[path] for path in mixture)
+        for path, count in zip(mixture, share_out(list(mixture.values()), length), strict=True):
+            if count == 0:
+                raise ConfigError(
+                    f"train_data_path: the weight of {path}, {mixture[path]:g} of {sum(mixture.values()):g}, is less "
+                    f"than one sample of an epoch of {length} (stage {stage}); raise it, or samples_per_epoch"
+                )
+    return split
+
+
+def training_mixture(config: Any, stages: StageManager, stage: int) -> dict[str, float]:
+    """Weight of each training set in a stage."""
+    own = stages.is_staged  # as with the stages' other settings
+    last = min(stage, config.max_latent_stage)
+    return data_mixture(config.stage_setting(last, "train_data_path") if own else config.train_data_path)
+
+
+def open_sets(config: Any, key: str, paths: Iterable[str], encoder: SampleEncoder, limit: int | None = None) -> Split:
+    """Open data sets, as one split.
 
     JSON data is sharded into the cache first, once; shards of a URL come there when they are needed.
 
-    Raises:
-        DataError: the data is broken as a whole: of some samples all over it, none can be used.
-        ConfigError: it holds no sample, or fewer than there are ranks.
-    """
-    path = getattr(config, key)
-    if path is None:
-        return None
+    Args:
+        key: the configuration key that names them.
+        limit: use only the first so many samples of each.
 
-    def open_path() -> ShardReader:
+    Raises:
+        DataError: a set is broken as a whole: of some samples all over it, none can be used.
+        ConfigError: together they hold no sample, or fewer than there are ranks.
+    """
+
+    def open_path(path: str) -> ShardReader:
         return open_dataset(
             path,
             image_root=config.image_root,
@@ -67,21 +108,30 @@ def open_split(config: Any, key: str, encoder: SampleEncoder, limit: int | None 
             allow_pipe=config.allow_pipe_urls,
         )
 
-    # One process writes the cache, also where nodes share no file locks.
-    on_main_first(lambda: _look_at_some(open_path(), key, encoder))
-    reader = open_path()
-    processor = encoder.image_processor
+    def look_at(path: str) -> None:
+        _look_at_some(open_path(path), key, encoder)
+
+    processor, name = encoder.image_processor, tokens_name(encoder.tokenizer)
     num_patches = processor.num_patches if processor is not None else lambda width, height: 0
-    lengths = sample_lengths(reader, encoder.tokenizer, num_patches, encoder.tokens_per_patch)
-    costs_N, tails_N = (values_N[:limit] for values_N in lengths)
-    if len(costs_N) < get_world_size():
-        count = f"{len(costs_N)} sample{'' if len(costs_N) == 1 else 's'}"
+    readers: dict[str, ShardReader] = {}
+    counts: dict[str, str | None] = {}
+    lengths: list[list[NDArray[np.float64]]] = []
+    for path in paths:
+        # One process writes the cache, also where nodes share no file locks.
+        on_main_first(partial(look_at, path))
+        reader = readers[path] = open_path(path)
+        counts[path] = name if name in reader.index.token_files else None
+        of_set = sample_lengths(reader, encoder.tokenizer, num_patches, encoder.tokens_per_patch)
+        lengths.append([values_N[:limit] for values_N in of_set])
+    tokens_N, tails_N = (np.concatenate(values) for values in zip(*lengths, strict=True))
+    if len(tokens_N) < get_world_size():
+        count = f"{len(tokens_N)} sample{'' if len(tokens_N) == 1 else 's'}"
         raise ConfigError(
-            f"{key}: {path} holds {count}, fewer than the {get_world_size()} ranks of this run; "
+            f"{key}: {' and '.join(readers)} holds {count}, fewer than the {get_world_size()} ranks of this run; "
             "give more data or start fewer ranks"
         )
-    name = tokens_name(encoder.tokenizer)
-    return Split(reader, costs_N, tails_N, name if name in reader.index.token_files else None)
+    token_counts = counts if len(counts) > 1 else next(iter(counts.values()))
+    return Split(ShardSets(readers, limit), tokens_N, tails_N, token_counts)
 
 
 def _look_at_some(reader: ShardReader, key: str, encoder: SampleEncoder) -> None:
@@ -126,7 +176,7 @@ class TrainingInputs:
         self.collator = collator
         self.stages = stages
         self.latent_ids = latent_ids
-        self.train = open_split(config, "train_data_path", encoder, config.max_train_samples)
+        self.train = open_training(config, stages, encoder)
         self.validation = open_split(config, "val_data_path", encoder, config.max_val_samples)
         self.test = open_split(config, "test_data_path", encoder)
 
@@ -139,10 +189,8 @@ class TrainingInputs:
         """
         if self.train is None:
             raise ConfigError("train_data_path is not set; name the training data")
-        costs_N = self.train.costs_N
-        tails_N = self.train.tails_N
         plan = make_plan(
-            costs_N,
+            self.costs(stage),
             seed=self.config.seed,
             epoch=epoch,
             slots=geometry.slots,
@@ -150,16 +198,43 @@ class TrainingInputs:
             samples_per_epoch=self.config.samples_per_epoch,
             balance=self.config.balance,
             group=math.gcd(group, geometry.slots),
-            lengths=(costs_N - tails_N, tails_N),
+            lengths=(self.train.tokens_N - self.train.tails_N, self.train.tails_N),
+            parts=self.parts(stage),
         )
         to_stage = partial(self._mixed, stage=stage, epoch=epoch)
         return self._loader(self.train, plan, to_stage, start_step)
+
+    def costs(self, stage: int) -> NDArray[np.float64]:
+        """What each training sample costs at a stage, in tokens: float64 [samples].
+
+        A latent pass computes a column of every row, whether that row has a thought there or not: so each sample costs
+        as many passes as the one with the most thoughts.
+        """
+        assert self.train is not None
+        spec, steps = self.stages.spec(stage), int(self.train.reader.n_steps().max())
+        passes = spec.n_latents if spec.pad_latent_to_max else min(spec.n_latents, spec.c_thought * steps)
+        costs = self.train.tokens_N + self.config.cost_per_latent_pass * passes
+        return costs + self.config.cost_per_patch * self.patches if self.config.cost_per_patch else costs
+
+    @cached_property
+    def patches(self) -> NDArray[np.int64]:
+        """Image tiles of every training sample."""
+        assert self.train is not None
+        processor = self.encoder.image_processor
+        return self.train.reader.patches(processor.num_patches if processor is not None else lambda width, height: 0)
+
+    def parts(self, stage: int) -> list[MixturePart]:
+        """The training sets of a stage, as parts of the whole training data."""
+        assert self.train is not None
+        sets = self.train.reader
+        mixture = training_mixture(self.config, self.stages, stage)
+        return [MixturePart(sets.first[path], sets.sizes[path], weight) for path, weight in mixture.items()]
 
     def evaluation_loader(self, split: Split, stage: int) -> StreamLoader:
         """Every sample of `split` once, at `stage`, in micro-batches of batch_size_eval."""
         world = get_world_size()
         plan = make_plan(
-            split.costs_N,
+            split.tokens_N,
             seed=self.config.seed,
             epoch=0,
             slots=world,

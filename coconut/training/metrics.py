@@ -38,7 +38,7 @@ class MetricsWriter:
         partial.replace(self.path)
 
     def write(self, kind: str, **values: Any) -> None:
-        """One row: ``kind`` is train, val, test, stage or anomaly."""
+        """One row: ``kind`` is plan, train, val, test, stage or anomaly."""
         if not is_main_process():
             return
         row = _without_nan({"kind": kind, **values})

@@ -53,7 +53,7 @@ class PreviewRow:
     image_sizes: list[tuple[int, int]]  # pixels
     tiles: list[torch.Tensor]  # of each image, uint8 [P, 3, H, W]
     grids: list[tuple[int, int]]  # of each image, columns and rows of tiles
-    planned_cost: float  # tokens, as the plan estimates them
+    planned_cost: float  # as the plan estimates it, in tokens
 
     def count(self, kind: str) -> int:
         return sum(span.tokens for span in self.spans if span.kind == kind)
@@ -156,7 +156,7 @@ def read_batch(
     preview: PreviewInputs, batch: Batch, slot: list[int], stage: int, epoch: int, most_rows: int
 ) -> PreviewBatch:
     """Take a batch apart; `slot` holds the data set's indices that it was made of."""
-    index_of = {preview.train.reader.key(index): index for index in slot}
+    planned = iter(slot)  # rows keep its order; two sets may hold the same key
     tensors = batch.tensors
     mask_BL, patches = tensors["attention_mask"], tensors["num_patches"].tolist()
     ends = torch.tensor(patches).cumsum(0).tolist()
@@ -165,7 +165,8 @@ def read_batch(
     for place, key in enumerate(batch.keys[:most_rows]):
         tiles_PCHW = tensors["pixel_values"][ends[place] - patches[place] : ends[place]] if patches[place] else None
         spans = _spans(preview.tokenizer, tensors["input_ids"][place].tolist(), kinds[place])
-        rows.append(_row(preview, key, index_of[key], spans, tiles_PCHW, stage, epoch))
+        index = next(index for index in planned if preview.train.reader.key(index) == key)
+        rows.append(_row(preview, key, index, spans, tiles_PCHW, stage, epoch))
     n_latents = max(kinds_of_row.count("latent") for kinds_of_row in kinds)
     n_samples, columns = mask_BL.shape
     return PreviewBatch(
@@ -220,7 +221,7 @@ def _row(
         image_sizes=sizes,
         tiles=tiles,
         grids=grids,
-        planned_cost=float(preview.train.costs_N[index]),
+        planned_cost=float(preview.inputs.costs(stage)[index]),
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from coconut.data.shard_inspect import contact_sheet
 from coconut.evaluation.page import data_uri, render
 from coconut.training.preview import KINDS, PreviewBatch, PreviewRow
-from coconut.training.preview_stats import Balance, Histogram
+from coconut.training.preview_stats import Histogram, KindOfPlan
 
 _TILE = 224  # pixels of a tile's side on the page, at most
 _SHEET = 900  # pixels of a picture's width, about
@@ -32,7 +32,7 @@ def write_preview(
     title: str,
     batches: Sequence[PreviewBatch],
     histograms: Sequence[Histogram] = (),
-    balances: Sequence[Balance] = (),
+    balances: Sequence[KindOfPlan] = (),
     ranks: int = 1,
 ) -> Path:
     """Write FOLDER/index.html."""
@@ -41,7 +41,7 @@ def write_preview(
         "legend": [{"kind": kind, "meaning": meaning} for kind, meaning in MEANINGS.items()],
         "batches": [_batch(batch) for batch in batches],
         "histograms": [_chart(histogram) for histogram in histograms],
-        "balances": [_balance_row(balance) for balance in balances],
+        "balances": [_balance_row(plan) for plan in balances],
         "ranks": ranks,
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -178,22 +178,22 @@ def _number(value: float) -> str:
 BALANCE_HEAD = ("balance", "max/mean cost", "95 % at most", "padding", "samples", "steps an epoch")
 
 
-def balance_cells(balance: Balance) -> tuple[str, ...]:
+def balance_cells(plan: KindOfPlan) -> tuple[str, ...]:
     """A plan's numbers, under `BALANCE_HEAD`."""
     return (
-        balance.name + (" (this run)" if balance.is_used else ""),
-        f"{balance.ratio_mean:.3f}",
-        f"{balance.ratio_p95:.3f}",
-        f"{balance.padding:.1%}",
-        f"{balance.samples:.1f}",
-        f"{balance.steps:,}",
+        plan.name + (" (this run)" if plan.is_used else ""),
+        f"{plan.balance.cost_mean:.3f}",
+        f"{plan.balance.cost_p95:.3f}",
+        f"{plan.balance.padding:.1%}",
+        f"{plan.balance.samples:.1f}",
+        f"{plan.steps:,}",
     )
 
 
-def _balance_row(balance: Balance) -> dict[str, Any]:
-    name, *cells = balance_cells(balance)
+def _balance_row(plan: KindOfPlan) -> dict[str, Any]:
+    name, *cells = balance_cells(plan)
     pairs = [{"head": head, "value": cell} for head, cell in zip(BALANCE_HEAD[1:], cells, strict=True)]
-    return {"name": name, "cells": pairs, "is_used": balance.is_used}
+    return {"name": name, "cells": pairs, "is_used": plan.is_used}
 
 
 # -- the terminal --
@@ -213,7 +213,7 @@ def terminal_text(batches: Sequence[PreviewBatch], *, colour: bool, width: int =
     return "\n".join(lines[1:])
 
 
-def terminal_stats(histograms: Sequence[Histogram], balances: Sequence[Balance], ranks: int) -> str:
+def terminal_stats(histograms: Sequence[Histogram], balances: Sequence[KindOfPlan], ranks: int) -> str:
     """Distributions as bars of characters, and the balance of plans as a table."""
     blocks = " ▁▂▃▄▅▆▇█"
     lines = []
@@ -221,9 +221,9 @@ def terminal_stats(histograms: Sequence[Histogram], balances: Sequence[Balance],
         top = max(histogram.counts)
         bar = "".join(blocks[-(-8 * count // top)] for count in histogram.counts)
         lines.append(f"{histogram.name:14s} |{bar}|  {histogram_facts(histogram)}")
-    rows = [BALANCE_HEAD, *(balance_cells(balance) for balance in balances)]
+    rows = [BALANCE_HEAD, *(balance_cells(plan) for plan in balances)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(BALANCE_HEAD))]
-    lines += ["", f"{ranks} ranks; cost is tokens, image tokens included:"]
+    lines += ["", f"{ranks} ranks; cost in tokens, as planned:"]
     lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join(lines)
 

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from coconut.data.plan import BALANCES, EpochPlan
+from coconut.data.balance import Balance, measure_balance
+from coconut.data.plan import BALANCES
 from coconut.training.preview import PreviewInputs
 
 _BINS = 24
-_MOST_STEPS = 2000  # of a plan that are looked at, spread evenly
 
 
 @dataclass(frozen=True)
@@ -29,29 +29,26 @@ class Histogram:
 
 
 @dataclass(frozen=True)
-class Balance:
-    """How even the micro-batches of a plan are that run at the same time."""
+class KindOfPlan:
+    """A value of ``balance``, and what its plan gives."""
 
     name: str
     is_used: bool  # whether the configuration asks for it
-    ratio_mean: float  # costliest rank over the mean of ranks, mean over micro-steps
-    ratio_p95: float
-    padding: float  # share of a batch's cells, prompts aligned at their ends
-    samples: float  # in a micro-batch, mean
+    balance: Balance
     steps: int  # optimizer steps of an epoch
 
 
 def histograms(preview: PreviewInputs) -> list[Histogram]:
     """Of patches, tokens, steps of reasoning."""
     reader, processor = preview.train.reader, preview.inputs.encoder.image_processor
-    n = len(preview.train)
-    columns = {"tokens": preview.train.costs_N, "written steps": reader.n_steps[:n]}
-    if processor is not None and len(reader.index.images):
-        columns = {"patches": reader.index.patches(processor.num_patches)[:n]} | columns
+    columns: dict[str, NDArray[Any]] = {"tokens": preview.train.tokens_N, "written steps": reader.n_steps()}
+    patches = reader.patches(processor.num_patches) if processor is not None else np.zeros(1)
+    if patches.any():
+        columns = {"patches": patches} | columns
     return [_histogram(name, np.asarray(values)) for name, values in columns.items()]
 
 
-def balances(preview: PreviewInputs, ranks: int) -> list[Balance]:
+def balances(preview: PreviewInputs, ranks: int) -> list[KindOfPlan]:
     """Of the run's own kind of plan for `ranks` ranks, and of the other kinds beside it."""
     config, split, geometry = preview.config, preview.train, preview.geometry(ranks)
     used = config.balance
@@ -60,7 +57,8 @@ def balances(preview: PreviewInputs, ranks: int) -> list[Balance]:
         for kind in BALANCES:
             config.update(balance=kind)
             plan = preview.inputs.train_loader(0, 0, 0, geometry, ranks).plan
-            found.append(_balance(plan, kind, kind == used, split.costs_N, split.tails_N, ranks))
+            measured = measure_balance(plan, split.tokens_N, split.tails_N, ranks)
+            found.append(KindOfPlan(kind, kind == used, measured, len(plan)))
     finally:
         config.update(balance=used)
     return found
@@ -81,31 +79,4 @@ def _histogram(name: str, values: NDArray[Any]) -> Histogram:
         float(np.median(values)),
         float(np.quantile(values, 0.95)),
         high,
-    )
-
-
-def _balance(
-    plan: EpochPlan, name: str, is_used: bool, costs_N: NDArray[Any], tails_N: NDArray[Any], ranks: int
-) -> Balance:
-    prompts_N = costs_N - tails_N
-    ratios: list[float] = []
-    tokens = cells = n_slots = n_samples = 0.0
-    chosen = np.unique(np.linspace(0, len(plan) - 1, min(_MOST_STEPS, len(plan))).astype(int)).tolist()
-    for step in chosen:
-        slots = plan.step(step)
-        cost = np.array([costs_N[slot].sum() for slot in slots]).reshape(-1, ranks)
-        ratios += (cost.max(axis=1) / np.maximum(cost.mean(axis=1), 1e-9)).tolist()
-        for slot in slots:
-            n_slots, n_samples = n_slots + 1, n_samples + len(slot)
-            if len(slot):
-                tokens += costs_N[slot].sum()
-                cells += len(slot) * (prompts_N[slot].max() + tails_N[slot].max())
-    return Balance(
-        name,
-        is_used,
-        float(np.mean(ratios)),
-        float(np.quantile(ratios, 0.95)),
-        1 - tokens / cells,
-        n_samples / n_slots,
-        len(plan),
     )

@@ -27,7 +27,10 @@ FIXED_SETTINGS = (
 
 def fixed_settings(config: Any) -> dict[str, Any]:
     """The settings that make a configuration's run the same run."""
-    return {name: getattr(config, name) for name in FIXED_SETTINGS}
+    # None: as in checkpoints that were written before there were such keys.
+    costs = {name: getattr(config, name) or None for name in ("cost_per_patch", "cost_per_latent_pass")}
+    own = {str(stage): table["train_data_path"] for stage, table in config.stages.items() if "train_data_path" in table}
+    return {name: getattr(config, name) for name in FIXED_SETTINGS} | costs | {"stages.train_data_path": own or None}
 
 
 def take_run(run_dir: Path) -> None:

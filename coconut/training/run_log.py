@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from coconut.data.plan import EpochPlan
+from coconut.training.inputs import TrainingInputs
 from coconut.training.metrics import MetricsWriter, Totals, progress_line
+from coconut.training.plan_facts import plan_facts, plan_lines
 from coconut.training.stages import StageManager
 from coconut.training.state import TrainState
-from coconut.utils.distributed import all_reduce_sum, get_rank, get_world_size
+from coconut.utils.distributed import all_reduce_sum, get_rank, get_world_size, is_main_process
 from coconut.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -20,6 +23,7 @@ class RunLog:
     def __init__(self, run_dir: Path, stages: StageManager) -> None:
         self.metrics = MetricsWriter(run_dir)
         self.stages = stages
+        self._planned: int | None = None  # the stage whose plan was said
 
     def training(self, state: TrainState, window: Totals, engine: Any, steps: int | None) -> None:
         """The steps since the last such row.
@@ -49,6 +53,16 @@ class RunLog:
             left = (settings.epochs - state.stage_epoch) * steps - state.epoch_step
             seconds_left = left * window.seconds / max(window.steps, 1)
         logger.info(progress_line(where, rates, seconds_left))
+
+    def plan(self, state: TrainState, inputs: TrainingInputs, plan: EpochPlan) -> None:
+        """How a stage's epochs are planned; said once, as they are alike."""
+        if state.stage == self._planned or not is_main_process():
+            return
+        self._planned = state.stage
+        facts = plan_facts(inputs, plan, state.stage, state.epoch, get_world_size())
+        self._write("plan", state, **facts)
+        for line in plan_lines(facts):
+            logger.info("stage %d  %s", state.stage, line)
 
     def validation(self, kind: str, state: TrainState, metrics: dict[str, float]) -> None:
         """What a validation (``val``) or the test data (``test``) said."""

@@ -181,6 +181,7 @@ class MultimodalCoTTrainer:
         while not state.stage_done and not self._is_over():
             metrics = {}
             loader = self.inputs.train_loader(stage, state.epoch, state.epoch_step, self.geometry, state.group)
+            self.log.plan(state, self.inputs, loader.plan)
             self.train_epoch(state.epoch, loader)
             if state.epoch_step < len(loader.plan):  # max_steps or a stop fell inside the epoch
                 break

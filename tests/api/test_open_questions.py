@@ -285,7 +285,7 @@ def test_without_a_launcher_train_runs_one_rank(run):
     assert dist.get_world_size() == 1
     assert run.trainer.state.stage_done
     rows = [json.loads(line) for line in (run.trainer.run_dir / "metrics.jsonl").read_text().splitlines()]
-    assert {row["kind"] for row in rows} == {"train", "val", "stage", "test"}
+    assert {row["kind"] for row in rows} == {"plan", "train", "val", "stage", "test"}
 
 
 def test_train_epoch_and_validate_return_what_is_promised(run):

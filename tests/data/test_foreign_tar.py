@@ -106,6 +106,7 @@ def test_a_lost_index_of_our_own_comes_back_as_it_was(tmp_path, make_samples) ->
     [
         ([("1.json", record()), ("2.json", record()), ("1.png", b"x")], "key 1): its members stand in 2 places"),
         ([("1.json", b"{")], "key 1): its json or txt member cannot be read"),
+        ([("1.json", b"[" * 100_000)], "key 1): its json or txt member cannot be read"),
         ([("1.json", b"[]")], "key 1): its json member is no object"),
         ([("1.json", b'{"question": "q"}')], "key 1): field 'steps', 'answer' is missing"),
         ([("1.png", b"x")], "key 1): it has neither a json nor a txt member, only png"),

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coconut.data.plan import deal, make_plan, pass_order
+from coconut.data.order import pass_order
+from coconut.data.plan import deal, make_plan
 from coconut.types import DataError
 
 sizes = st.integers(1, 200)

@@ -233,6 +233,23 @@ def test_more_ranks_than_samples(fails, arguments, monkeypatch):
     assert "give more data or start fewer ranks" in message
 
 
+def test_mixtures_that_cannot_be(fails, folder, arguments):
+    good = folder / "good.json"
+    other = write(folder / "other.json", [GOOD])
+    empty = write(folder / "empty.json", [])
+    (folder / "none").mkdir()
+    for mixture, said in (
+        (f"{{{good}: 1, {folder / 'nowhere'}: 1}}", f"train_data_path = '{folder / 'nowhere'}': does not exist"),
+        (f"{{{good}: 0, {other}: 1}}", f"gives {good} the weight 0; must be a number above 0"),
+        (f"{{{good}: -2, {other}: 1}}", f"gives {good} the weight -2; must be a number above 0"),
+        ("{}", "must be a path, or several with weights such as {data/a: 2, data/b: 1}"),
+        (f"{{{good}: 1, {empty}: 1}}", f"{empty} holds zero samples"),
+        (f"{{{good}: 1, {folder / 'none'}: 1}}", f"{folder / 'none'} has no manifest.json"),
+        (f"{{{good}: 100, {other}: 1}}", f"the weight of {other}, 1 of 101, is less than one sample of an epoch of 5"),
+    ):
+        assert said in fails(*arguments, "samples_per_epoch=null", f"train_data_path={mixture}")
+
+
 # -- model and tokenizer --
 
 

@@ -132,14 +132,14 @@ def test_statistics_are_those_of_index_and_plan(arguments, tmp_path, capsys) -> 
     rows = {one.name: one for one in balances(opened, 2)}
     assert [name for name, one in rows.items() if one.is_used] == ["cost"]
     assert opened.config.balance == "cost"
-    assert rows["none"].ratio_mean > rows["count"].ratio_mean >= 1
+    assert rows["none"].balance.cost_mean > rows["count"].balance.cost_mean >= 1
     plan = opened.inputs.train_loader(0, 0, 0, opened.geometry(2), 2).plan
-    costs = [[float(opened.train.costs_N[slot].sum()) for slot in plan.step(step)] for step in range(len(plan))]
+    costs = [[float(opened.train.tokens_N[slot].sum()) for slot in plan.step(step)] for step in range(len(plan))]
     ratio = torch.tensor([2 * max(pair) / sum(pair) for pair in costs]).mean()
-    assert rows["cost"].ratio_mean == pytest.approx(float(ratio), rel=1e-5)
+    assert rows["cost"].balance.cost_mean == pytest.approx(float(ratio), rel=1e-5)
     assert main([*arguments, "balance=cost", "--stats", "--ranks", "2"]) == 0
     said = capsys.readouterr().out
-    assert f"cost (this run)  {rows['cost'].ratio_mean:.3f}" in said
+    assert f"cost (this run)  {rows['cost'].balance.cost_mean:.3f}" in said
 
 
 @pytest.mark.parametrize(
