@@ -266,7 +266,7 @@ class MultimodalCoconut(nn.Module):
             labels = labels.masked_fill(attention_mask == 0, -100)
         chunks = n_chunks(int(label_positions(labels).sum())) if labels is not None else 1
         visual_features, chunks, n_calls = self.before_the_loop(
-            real_tiles(pixel_values, num_patches, image_flags), visual_features, columns, chunks
+            input_ids, columns, real_tiles(pixel_values, num_patches, image_flags), visual_features, chunks
         )
         output = self.run_loop(
             input_ids,
@@ -308,7 +308,12 @@ class MultimodalCoconut(nn.Module):
         return result.to_tuple() if return_dict is False else result
 
     def before_the_loop(
-        self, pixel_values: Tensor | None, visual_features: Tensor | None, columns: list[int], chunks: int = 1
+        self,
+        input_ids: Tensor,
+        columns: list[int],
+        pixel_values: Tensor | None,
+        visual_features: Tensor | None,
+        chunks: int = 1,
     ) -> tuple[Tensor | None, int, int | None]:
         """What all ranks agree on, and the pictures: visual features [P, T, H], calls of the head, of the decoder.
 
@@ -317,7 +322,7 @@ class MultimodalCoconut(nn.Module):
         """
         n_calls = None
         if self.lockstep and get_world_size() > 1:
-            own = count_calls(columns, self.loop.iterations)
+            own = count_calls(columns, input_ids == self.latent_token_id, self.loop.iterations)
             if self.latent_feedback == "projector":
                 own = max(own, 2)  # its weights must get a gradient in every step, as the vision tower's
             n_calls, chunks = (int(v) for v in all_reduce_max([own, chunks]))
@@ -353,12 +358,13 @@ class MultimodalCoconut(nn.Module):
             position_ids = self.backbone.position_ids(input_ids, attention_mask)
         embeds_BLH = self.backbone.embed(input_ids)
         embeds_BLH = insert_images(embeds_BLH, input_ids, self.backbone.image_token_id, visual_features)
+        is_latent_BL = input_ids == self.latent_token_id
         output = self.loop.run(
             embeds_BLH,
             attention_mask,
             position_ids,
-            cut_into_passes(columns, input_ids.shape[1], n_calls, self.loop.iterations),
-            (input_ids == self.latent_token_id) & (self.latent_feedback != "none"),
+            cut_into_passes(columns, is_latent_BL, n_calls, self.loop.iterations),
+            is_latent_BL & (self.latent_feedback != "none"),
             use_cache=use_cache,
             thought_transform=thought_transform,
             output_hidden_states=output_hidden_states,

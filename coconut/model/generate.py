@@ -129,7 +129,7 @@ def think_then_decode(
     was_training = model.training
     model.eval()
     with gathered(model.text_parameters if model.text_weights_held else []):
-        visual_features, _, n_calls = model.before_the_loop(pixel_values, visual_features, columns)
+        visual_features, _, n_calls = model.before_the_loop(input_ids, columns, pixel_values, visual_features)
         # One column more than the passes need, the last, which transformers' decoding takes.
         missing = (n_calls or 1) + len(columns) + 1 - input_ids.shape[1]
         if missing > 0:  # a short batch, where another rank has more thoughts

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from coconut.model.pass_cache import CACHE_ARGUMENT, PassCache
-from coconut.model.spans import Segment
+from coconut.model.spans import Segment, update_window
 
 #: Replaces a thought before it is fed back: (thought [B, 1, H], index of the latent column) -> [B, 1, H].
 ThoughtTransform = Callable[[Tensor, int], Tensor]
@@ -104,10 +104,14 @@ def run_passes(
             latents_BnH = torch.where(is_latent_Bn1[:, :1], fed_back(before_B1H), embeds_BqH[:, :1])
             if n > 1:  # the first guess of all but the first is the latent token's own embedding
                 latents_BnH = torch.cat([latents_BnH, embeds_BqH[:, 1:n]], dim=1)
-            for _ in range(segment.iterations - 1):
+            if segment.calls > 1:
+                window = update_window(is_latent_Bn1[..., 0], segment.iterations)
+                first_Bn, last_Bn = (updates_Bn.to(latents_BnH.device) for updates_Bn in window)
+            for update in range(1, segment.calls):
                 out = call(latents_BnH, segment.start, index, keep=False)
                 next_BnH = fed_back(torch.cat([before_B1H, out.last_hidden_state[:, :-1]], dim=1))
-                latents_BnH = torch.where(is_latent_Bn1, next_BnH, embeds_BqH[:, :n])
+                is_due_Bn = (first_Bn <= update) & (update <= last_Bn)
+                latents_BnH = torch.where(is_due_Bn[..., None], next_BnH, latents_BnH)
             if segment.n_latents:
                 thoughts.append(latents_BnH)
             embeds_BqH = torch.cat([latents_BnH, embeds_BqH[:, n:]], dim=1)

@@ -31,7 +31,8 @@ class Segment:
     start: int
     end: int
     n_latents: int = 0
-    iterations: int = 1  # calls of the decoder: all but the last see the latent columns only
+    calls: int = 1  # of the decoder: all but the last see the latent columns only
+    iterations: int = 1  # of each span of latents that is computed together
 
 
 def latent_columns(input_ids_BL: Tensor, latent_token_id: int, attention_mask_BL: Tensor) -> list[int]:
@@ -67,28 +68,63 @@ def latent_blocks(columns: list[int], together: bool) -> list[tuple[int, int]]:
     return blocks
 
 
-def count_calls(columns: list[int], iterations: int | None) -> int:
+def update_window(is_latent_Bn: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
+    """First and last update [B, n] of each latent of a block, counted from 1; last < first where there is none.
+
+    The rows of a block need not begin or end with the same column. A span that begins after tokens of its own row is
+    ready one update later than one at the block's beginning (update 0); the next span of a row waits for the one before
+    it. So each row gets what it would get alone.
+    """
+    is_latent_Bn = is_latent_Bn.cpu()
+    width = is_latent_Bn.shape[1]
+    lengths = [torch.zeros(is_latent_Bn.shape[0], dtype=torch.long)]  # of what is left of the span, from each column
+    for column in reversed(range(width)):
+        lengths.insert(0, is_latent_Bn[:, column] * (1 + lengths[0]))
+    first_Bn, last_Bn = (
+        torch.ones_like(is_latent_Bn, dtype=torch.long),
+        torch.zeros_like(is_latent_Bn, dtype=torch.long),
+    )
+    ready_B = last_B = torch.zeros_like(lengths[0])
+    for column in range(width):
+        is_latent_B = is_latent_Bn[:, column]
+        begins_B = is_latent_B & ~is_latent_Bn[:, column - 1] if column else is_latent_B
+        ready_B = torch.where(begins_B, last_B + 1 if column else last_B, ready_B)
+        last_B = torch.where(begins_B, ready_B + lengths[column].clamp(max=iterations) - 1, last_B)
+        first_Bn[:, column] = torch.where(is_latent_B, torch.where(begins_B, ready_B, ready_B + 1), 1)
+        last_Bn[:, column] = torch.where(is_latent_B, last_B, 0)
+    return first_Bn, last_Bn
+
+
+def _calls_of_block(start: int, width: int, is_latent_BL: Tensor, iterations: int | None) -> int:
+    if iterations is None:
+        return 1
+    return 1 + int(update_window(is_latent_BL[:, start : start + width], iterations)[1].max())
+
+
+def count_calls(columns: list[int], is_latent_BL: Tensor, iterations: int | None) -> int:
     """Calls of the decoder that latents in these columns take; see `cut_into_passes`."""
     blocks = latent_blocks(columns, iterations is not None)
-    return 1 + sum(min(iterations or 1, width) for _, width in blocks)
+    return 1 + sum(_calls_of_block(*block, is_latent_BL, iterations) for block in blocks)
 
 
 def cut_into_passes(
-    columns: list[int], length: int, n_calls: int | None = None, iterations: int | None = None
+    columns: list[int], is_latent_BL: Tensor, n_calls: int | None = None, iterations: int | None = None
 ) -> list[Segment]:
-    """Cut `length` columns into segments, one starting at each block of latents.
+    """Cut the columns of a batch into segments, one starting at each block of latents.
 
     Surplus cuts are made one column each from the left, where attention is cheapest.
 
     Args:
-        columns: latent columns, ascending, each in [1, length).
-        length: number of columns; ``n_calls + len(columns)`` are always enough.
-        n_calls: calls of the decoder to make, at least ``count_calls(columns, iterations)``; None makes no surplus.
+        columns: latent columns, ascending, each in [1, L).
+        is_latent_BL: where the latents are; ``n_calls + len(columns)`` columns are always enough.
+        n_calls: calls of the decoder to make, at least those of `count_calls`; None makes no surplus.
         iterations: None computes the latents one after the other, else neighbouring ones together, this many times; a
-            block needs no more iterations than it has columns to be exact.
+            span needs no more iterations than it has latents to be exact.
     """
+    length = is_latent_BL.shape[1]
     blocks = latent_blocks(columns, iterations is not None)
-    surplus = 0 if n_calls is None else n_calls - count_calls(columns, iterations)
+    calls_at = {start: _calls_of_block(start, width, is_latent_BL, iterations) for start, width in blocks}
+    surplus = 0 if n_calls is None else n_calls - 1 - sum(calls_at.values())
     assert surplus >= 0, (columns, n_calls, iterations)
     width_at = dict(blocks)
     inside = {start + i for start, width in blocks for i in range(1, width)}
@@ -101,6 +137,6 @@ def cut_into_passes(
             surplus -= 1
         column += 1
     return [
-        Segment(start, end, width_at.get(start, 0), min(iterations or 1, max(width_at.get(start, 1), 1)))
+        Segment(start, end, width_at.get(start, 0), calls_at.get(start, 1), iterations or 1)
         for start, end in pairwise([0, *sorted(starts), length])
     ]

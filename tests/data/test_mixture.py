@@ -45,7 +45,7 @@ def loader_of(sets: ShardSets, plan: EpochPlan, **options: Any) -> StreamLoader:
     def question_only(features: Any) -> Batch:
         return Batch({}, tuple(one["key"] for one in features), n_label_tokens=0)
 
-    def encode(sample: Sample) -> dict[str, Any]:
+    def encode(sample: Sample, _: Any) -> dict[str, Any]:
         if sample.question.startswith("few 3 "):
             raise DataError(f"shard-000000.tar (key {sample.key}): broken")
         return {"key": " ".join(sample.question.split()[:2])}

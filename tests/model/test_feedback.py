@@ -15,8 +15,11 @@ from coconut.model.spans import count_calls, cut_into_passes
 from coconut.model.tiny import build_tiny_causal, build_word_tokenizer, save_tiny
 from coconut.types import ConfigError
 from tests.model.reference import (
+    END,
     IMAGE,
     LATENT,
+    START,
+    TILE,
     batch_rows,
     float64_everywhere,
     gradients,
@@ -130,13 +133,63 @@ def test_two_spans_of_jacobi() -> None:
     assert compare(build("hidden", 5), [row, *ragged_rows(4)], None) < TOLERANCE
 
 
+def overlapping_rows() -> list[dict]:
+    """Spans that begin and end in different columns, without a column between them that is free in all rows."""
+    generator = torch.Generator().manual_seed(5)
+
+    def row(*pieces: int) -> dict:
+        """So many tokens of text, of thoughts, of text, ..."""
+        ids = [9]
+        for number, length in enumerate(pieces):
+            inside = [LATENT] * length if number % 2 else torch.randint(10, 40, (length,), generator=generator).tolist()
+            ids += inside
+        n_labels = pieces[-1]
+        labels = [-100] * (len(ids) - n_labels) + ids[-n_labels:]
+        return {"ids": ids, "labels": labels, "tiles": torch.zeros(0, 3, TILE, TILE)}
+
+    return [row(2, 3, 6), row(4, 3, 4), row(3, 1, 2, 2, 3), row(1, 2, 1, 4, 3), row(7, 0, 4)]
+
+
+@pytest.mark.parametrize("iterations", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_row_of_jacobi_does_not_depend_on_the_others(iterations: int, checkpointed: bool) -> None:
+    rows, model = overlapping_rows(), build("projector", iterations, checkpointed)
+    alone = sum(model(**batch_rows([row]), loss_only=True, num_items_in_batch=1).loss for row in rows)
+    alone.backward()
+    theirs = gradients(model)
+    together = model(**batch_rows(rows, False), loss_only=True, num_items_in_batch=1).loss
+    together.backward()
+    assert float((together - alone).detach().abs()) < TOLERANCE
+    assert largest_difference(gradients(model), theirs) < TOLERANCE
+
+
+@pytest.mark.parametrize("iterations", [1, 2, 3])
+def test_overlapping_spans_of_jacobi_equal_the_naive_iteration(iterations: int) -> None:
+    assert compare(build("hidden", iterations), overlapping_rows()[:2], iterations, False) < TOLERANCE
+
+
+def test_enough_iterations_equal_sequential_for_overlapping_spans() -> None:
+    assert compare(build("hidden", 4), overlapping_rows(), None, False) < TOLERANCE
+    assert compare(build("hidden", 2), overlapping_rows(), None, False) > 1e-4
+
+
+def test_ragged_prompts_of_jacobi_are_answered_as_alone() -> None:
+    model = build("hidden", 2).eval()
+    ids = torch.tensor([[5, 6, START, LATENT, LATENT, LATENT, END], [5, 6, 12, 11, START, LATENT, END]])
+    options = {"wrap_prompt": False, "do_sample": False, "max_new_tokens": 6, "eos_token_id": 99}
+    alone = [model.generate(input_ids=row[None], **options)[0] for row in ids]
+    assert torch.equal(model.generate(input_ids=ids, **options), torch.stack(alone))
+
+
 def test_cuts_fill_up_to_the_calls_that_all_ranks_make() -> None:
     columns = [5, 6, 7]
+    is_latent = torch.zeros(2, 12, dtype=torch.bool)
+    is_latent[0, 5:8] = is_latent[1, 5:6] = True
     for iterations, calls in ((None, 4), (1, 2), (2, 3), (3, 4), (8, 4)):
-        assert count_calls(columns, iterations) == calls
+        assert count_calls(columns, is_latent, iterations) == calls
         for wanted in range(calls, calls + 4):
-            segments = cut_into_passes(columns, 12, wanted, iterations)
-            assert sum(segment.iterations for segment in segments) == wanted
+            segments = cut_into_passes(columns, is_latent, wanted, iterations)
+            assert sum(segment.calls for segment in segments) == wanted
             assert [s.start for s in segments[1:]] == [s.end for s in segments[:-1]] and segments[-1].end == 12
             assert sum(segment.n_latents for segment in segments) == 3
 
