@@ -28,8 +28,8 @@ _MIN_SAMPLES = 100  # fewer leave a classifier nothing to learn from
 @torch.no_grad()
 def lens(study: Study, thoughts_TH: Tensor, top: int = TOP) -> list[list[dict[str, Any]]]:
     """For each thought the likeliest next tokens, with their probabilities."""
-    head = study.model.backbone.head
-    weight = next(head.parameters())
+    head = study.model.backbone.logits
+    weight = next(study.model.backbone.head.parameters())
     shares_TV = head(thoughts_TH.to(weight)).float().softmax(-1).cpu()
     values, ids = shares_TV.topk(min(top, shares_TV.shape[-1]))
     return [
@@ -51,8 +51,8 @@ def lens_against_steps(study: Study) -> dict[str, Any]:
     Returns:
         "share" and "chance", rows for thoughts and columns for steps and last the answer.
     """
-    head = study.model.backbone.head
-    weight = next(head.parameters())
+    head = study.model.backbone.logits
+    weight = next(study.model.backbone.head.parameters())
     texts = [feature["text"] for feature in study.features]
     n_columns = max(len(text.steps) for text in texts) + 1
     blank = set(study.tokenizer("\n", add_special_tokens=False)["input_ids"])

@@ -20,12 +20,18 @@ from coconut.model import loading
 from coconut.model.auxiliary import AuxiliaryLoss, ThoughtContext
 from coconut.model.backbones import normalise_pixels, wrap_backbone
 from coconut.model.feedback import build_feedback
-from coconut.model.generate import generation_settings, left_pad, think_then_decode, wrap_questions
+from coconut.model.generate import (
+    forward_from_cache,
+    generation_settings,
+    left_pad,
+    think_then_decode,
+    wrap_questions,
+)
 from coconut.model.loop import LatentLoop, gathered
 from coconut.model.loss import label_loss, label_positions, n_chunks
 from coconut.model.multipass import PassOutput, ThoughtTransform
-from coconut.model.pass_cache import CACHE_ARGUMENT, checkpoint_layers
-from coconut.model.spans import count_calls, cut_into_passes, latent_columns
+from coconut.model.pass_cache import checkpoint_layers
+from coconut.model.spans import check_shapes, count_calls, cut_into_passes, latent_columns
 from coconut.model.tiles import black_tile, flatten_tiles, insert_images, real_tiles, tiles_a_row
 from coconut.types import ConfigError, DataError, PromptTemplate, StageSpec
 from coconut.utils.distributed import all_reduce_max, get_world_size
@@ -65,6 +71,11 @@ class MultimodalCoconut(nn.Module):
         eos_token_id: int,
     ) -> None:
         super().__init__()
+        if len({latent_token_id, start_latent_id, end_latent_id}) < 3:
+            raise ConfigError(
+                f"latent, start and end token have the ids {latent_token_id}, {start_latent_id} and {end_latent_id}; "
+                "they must be three different tokens"
+            )
         self.base_model = base_model
         self.backbone = wrap_backbone(base_model)
         self.latent_feedback = "hidden"
@@ -220,7 +231,8 @@ class MultimodalCoconut(nn.Module):
             position_ids: [B, L]; by default they count tokens and skip padding.
             image_flags: [B, 1], 0 for rows whose tiles are placeholders to be dropped (five-dimensional
                 ``pixel_values`` only).
-            past_key_values: a transformers cache that `input_ids` continue; not together with latents.
+            past_key_values: a transformers cache that `input_ids` continue; then ``attention_mask`` covers cached and
+                new tokens [B, cached + L]. Not together with latents, images or ``loss_only``.
             labels: [B, L], -100 where nothing is to be learnt.
             use_cache: return the keys and values as a transformers cache.
             output_attentions, output_hidden_states: as in transformers, at full length.
@@ -235,35 +247,40 @@ class MultimodalCoconut(nn.Module):
         Raises:
             DataError: images and image tokens do not match, or a latent has no token before it.
         """
+        if past_key_values is not None:
+            others = {
+                "pixel_values": pixel_values,
+                "visual_features": visual_features,
+                "num_items_in_batch": num_items_in_batch,
+                "thought_transform": thought_transform,
+                "loss_only": loss_only or None,
+                "output_thoughts": output_thoughts or None,
+            }
+            if given := [name for name, value in others.items() if value is not None]:
+                raise DataError(f"past_key_values cannot be given together with {', '.join(given)}")
+            options = {
+                "labels": labels,
+                "use_cache": use_cache,
+                "output_attentions": output_attentions,
+                "output_hidden_states": output_hidden_states,
+                "return_dict": return_dict is not False,
+            }
+            return forward_from_cache(self, input_ids, attention_mask, position_ids, past_key_values, options)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
+        check_shapes(input_ids, attention_mask, labels)
+        if pixel_values is not None and visual_features is not None:
+            raise DataError("give either pixel_values or visual_features, not both")
         columns = self.thought_columns(input_ids, attention_mask)
-        if past_key_values is not None:
-            if columns:
-                raise DataError("past_key_values cannot be given together with latent tokens in input_ids")
-            if self.text_weights_held and torch.is_grad_enabled():
-                raise ConfigError(
-                    "past_key_values are for inference; under ZeRO-3 call forward in torch.no_grad() then"
-                )
-            with gathered(self.text_parameters if self.text_weights_held else []):
-                return self.base_model(
-                    input_ids=input_ids,
-                    attention_mask=attention_mask,
-                    labels=labels,
-                    use_cache=use_cache,
-                    output_attentions=output_attentions,
-                    output_hidden_states=output_hidden_states,
-                    return_dict=return_dict is not False,
-                    **{CACHE_ARGUMENT: past_key_values},
-                )
         if output_attentions and self.backbone.text_config._attn_implementation != "eager":
             raise ConfigError(
                 "output_attentions needs attn_implementation eager, as no other kernel keeps its weights; set it in "
                 "the configuration, or call model.base_model.set_attn_implementation('eager')"
             )
         if labels is not None:
-            # A padded position has nothing to predict, whatever its label says.
-            labels = labels.masked_fill(attention_mask == 0, -100)
+            # A padded position has nothing to predict, whatever its label says, and predicts nothing.
+            before = nn.functional.pad(attention_mask[:, :-1], (1, 0), value=0)
+            labels = labels.masked_fill((attention_mask == 0) | (before == 0), -100)
         chunks = n_chunks(int(label_positions(labels).sum())) if labels is not None else 1
         visual_features, chunks, n_calls = self.before_the_loop(
             input_ids, columns, real_tiles(pixel_values, num_patches, image_flags), visual_features, chunks
@@ -280,7 +297,7 @@ class MultimodalCoconut(nn.Module):
             output_hidden_states=bool(output_hidden_states),
             output_attentions=bool(output_attentions),
         )
-        head, hidden_BLH = self.backbone.head, output.hidden_BLH
+        head, hidden_BLH = self.backbone.logits, output.hidden_BLH
         logits = None if loss_only else head(hidden_BLH)
         loss = None
         if labels is not None:
@@ -420,6 +437,8 @@ class MultimodalCoconut(nn.Module):
         input_ids, mask = left_pad(input_ids, mask)
         if bool((input_ids[:, -1] == self.latent_token_id).any()):
             raise DataError("a prompt ends with a latent token; end the span with <|end-latent|>")
+        if self.backbone.image_token_id is not None and bool((input_ids[:, -1] == self.backbone.image_token_id).any()):
+            raise DataError("a prompt ends with an image token; a question has to follow it")
         columns = self.thought_columns(input_ids, mask)
         settings = generation_settings(generation_config, generate_kwargs, self.eos_token_id)
         extra = {k: v for k, v in generate_kwargs.items() if not hasattr(settings, k)}

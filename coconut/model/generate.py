@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from coconut.model.loop import gathered
+from coconut.model.loop import gathered, without_zero_hooks
 from coconut.model.pass_cache import CACHE_ARGUMENT
-from coconut.types import DataError, PromptTemplate
+from coconut.types import ConfigError, DataError, PromptTemplate
 from coconut.utils.distributed import get_world_size
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ def generation_settings(
 
     Greedy and beam search take no sampling settings, so those of the defaults are left out unless sampling is on.
     """
+    if kwargs.get("return_dict_in_generate"):
+        raise ConfigError("generate returns token ids alone; leave return_dict_in_generate out")
     given = generation_config.to_diff_dict() if isinstance(generation_config, GenerationConfig) else generation_config
     chosen = {**(given or {}), **{k: v for k, v in kwargs.items() if hasattr(GenerationConfig(), k)}}
     settings = {**DEFAULTS, **chosen}
@@ -77,6 +79,11 @@ def wrap_questions(
         is_raw = not bool(torch.isin(input_ids, torch.tensor(special, device=input_ids.device)).any())
         wrap = is_raw and model.prompt_template is not None and not _has_prefix(input_ids, mask, model.prompt_template)
     if not wrap:
+        if n_latents is not None:
+            raise DataError(
+                f"n_latents = {n_latents} is for questions that generate wraps; a prompt with special tokens has its "
+                "thoughts in it, and a model without a prompt template wraps none"
+            )
         return input_ids, mask
     if model.prompt_template is None:
         raise DataError(
@@ -91,6 +98,8 @@ def wrap_questions(
     spec = model.stage_spec
     if n_latents is None:
         n_latents = spec.n_latents if spec is not None else 0
+    elif n_latents < 0:
+        raise DataError(f"n_latents is {n_latents}; give 0 or more")
     rows = []
     for row, n_tiles in enumerate(tiles_B):
         question = input_ids[row][mask[row].bool()].tolist()
@@ -143,17 +152,64 @@ def think_then_decode(
         cache = output.cache.to_dynamic(model.backbone.text_config)
         cache.batch_repeat_interleave(max(settings.num_beams or 1, settings.num_return_sequences or 1))
         model.backbone.prepare_decoding(input_ids, mask)
-        ids: Tensor = model.base_model.generate(
-            input_ids=input_ids,
-            attention_mask=mask,
-            generation_config=settings,
-            # Ranks that decode with partitioned weights must make equally many steps.
-            synced_gpus=model.lockstep and get_world_size() > 1 and not model.text_weights_held,
-            **{CACHE_ARGUMENT: cache},
-            **extra,
-        )
+        # A rank that holds the weights stops when its own rows are answered; with partitioned weights all ranks make as
+        # many steps as the slowest.
+        held = model.text_weights_held
+        with without_zero_hooks(model.base_model, when=held):
+            ids: Tensor = model.base_model.generate(
+                input_ids=input_ids,
+                attention_mask=mask,
+                generation_config=settings,
+                synced_gpus=model.lockstep and get_world_size() > 1 and not held,
+                **{CACHE_ARGUMENT: cache},
+                **extra,
+            )
     model.train(was_training)
     return ids[:, input_ids.shape[1] :]
+
+
+def forward_from_cache(
+    model: MultimodalCoconut,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    cache: Any,
+    options: dict[str, Any],
+) -> Any:
+    """transformers' own forward of tokens that continue a cache: its output.
+
+    Args:
+        attention_mask: [B, cached + L]; None where no cached token is padding.
+        position_ids: [B, L]; by default they go on counting, and skip padding.
+
+    Raises:
+        DataError: latents among the new tokens, or a mask of another shape.
+        ConfigError: gradients are wanted under ZeRO-3.
+    """
+    if bool((input_ids == model.latent_token_id).any()):
+        raise DataError("past_key_values cannot be given together with latent tokens in input_ids")
+    n_rows, n_new = input_ids.shape
+    shape = (n_rows, cache.get_seq_length() + n_new)
+    if attention_mask is None:
+        attention_mask = torch.ones(shape, dtype=torch.long, device=input_ids.device)
+    elif attention_mask.shape != shape:
+        raise DataError(
+            f"attention_mask is {list(attention_mask.shape)}; with past_key_values it covers the {shape[1] - n_new} "
+            f"cached tokens and the {n_new} new ones: {list(shape)}"
+        )
+    if position_ids is None and model.backbone.counts_positions:
+        position_ids = model.backbone.position_ids(input_ids, attention_mask)[:, -n_new:]
+    if model.text_weights_held and torch.is_grad_enabled():
+        raise ConfigError("past_key_values are for inference; under ZeRO-3 call forward in torch.no_grad() then")
+    held = model.text_weights_held
+    with gathered(model.text_parameters if held else []), without_zero_hooks(model.base_model, when=held):
+        return model.base_model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            **{CACHE_ARGUMENT: cache},
+            **options,
+        )
 
 
 def _has_prefix(input_ids: Tensor, mask: Tensor, template: PromptTemplate) -> bool:

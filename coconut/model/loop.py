@@ -164,5 +164,27 @@ def gathered(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
                 parameter.ds_active_sub_modules.discard(_HOLDER)
 
 
+@contextmanager
+def without_zero_hooks(module: nn.Module, *, when: bool) -> Iterator[None]:
+    """Call a module whose weights are `gathered` without DeepSpeed's taking note of it, `when` so.
+
+    It compares the calls of all ranks, and gives up where they differ in number: as those of decoding do.
+    """
+    kept: list[tuple[dict[int, Any], dict[int, Any]]] = []
+    try:
+        for part in module.modules() if when else ():
+            for hooks in (part._forward_hooks, part._forward_pre_hooks):
+                ours = {key: hook for key, hook in hooks.items() if hook.__module__.startswith("deepspeed.")}
+                if ours:
+                    kept.append((hooks, dict(hooks)))
+                    for key in ours:
+                        del hooks[key]
+        yield
+    finally:
+        for hooks, all_of_them in kept:
+            hooks.clear()
+            hooks.update(all_of_them)  # in their order
+
+
 #: Stands for "somebody uses it" among the ids of modules (from 0) that DeepSpeed counts a parameter's users by.
 _HOLDER = -1

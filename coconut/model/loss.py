@@ -6,10 +6,11 @@ Shapes: B rows, L columns, H hidden size, N label tokens of the batch, V vocabul
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from coconut.types import IGNORE_INDEX
@@ -28,14 +29,14 @@ def label_positions(labels_BL: Tensor) -> Tensor:
     return labels_BL[:, 1:] != IGNORE_INDEX
 
 
-def _chunk_loss(head: nn.Module, hidden_NH: Tensor, targets_N: Tensor) -> Tensor:
+def _chunk_loss(head: Callable[[Tensor], Tensor], hidden_NH: Tensor, targets_N: Tensor) -> Tensor:
     logits_NV = head(hidden_NH)
     if logits_NV.dtype in (torch.float16, torch.bfloat16):
         logits_NV = logits_NV.float()
     return F.cross_entropy(logits_NV, targets_N, reduction="sum")
 
 
-def label_loss(head: nn.Module, hidden_BLH: Tensor, labels_BL: Tensor, chunks: int = 1) -> Tensor:
+def label_loss(head: Callable[[Tensor], Tensor], hidden_BLH: Tensor, labels_BL: Tensor, chunks: int = 1) -> Tensor:
     """Sum of the cross-entropy over all label tokens (a scalar; zero, with a graph, when there are none).
 
     Args:

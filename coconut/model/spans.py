@@ -35,6 +35,15 @@ class Segment:
     iterations: int = 1  # of each span of latents that is computed together
 
 
+def check_shapes(input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None) -> None:
+    """Raise DataError where a tensor is not [B, L] as the ids are; torch would stretch some, and the loss be wrong."""
+    for name, tensor in (("attention_mask", attention_mask), ("labels", labels)):
+        if tensor is not None and tensor.shape != input_ids.shape:
+            raise DataError(
+                f"{name} is {list(tensor.shape)}, but input_ids are {list(input_ids.shape)}; give one value a token"
+            )
+
+
 def latent_columns(input_ids_BL: Tensor, latent_token_id: int, attention_mask_BL: Tensor) -> list[int]:
     """Columns in which at least one row has a latent, ascending.
 

@@ -28,6 +28,8 @@ class Backbone:
     """
 
     auto_class: ClassVar[Any] = AutoModelForCausalLM
+    #: Whether positions count tokens, so that those after a cache need no look at what is cached.
+    counts_positions: ClassVar[bool] = True
     pixel_mean: ClassVar[tuple[float, ...]] = IMAGENET_MEAN
     pixel_std: ClassVar[tuple[float, ...]] = IMAGENET_STD
 
@@ -62,6 +64,17 @@ class Backbone:
     def vision_layers(self) -> nn.ModuleList:
         """Layers of the vision tower, none for a text-only model."""
         return nn.ModuleList()
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """What the head makes of hidden states [..., H], scaled and capped as the family does it: [..., V]."""
+        config, logits = self.text_config, self.head(hidden)
+        if (scale := getattr(config, "logit_scale", None)) is not None:  # Cohere
+            logits = logits * scale
+        if (divisor := getattr(config, "logits_scaling", None)) is not None:  # Granite
+            logits = logits / divisor
+        if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma
+            logits = cap * torch.tanh(logits / cap)
+        return logits
 
     def embed(self, input_ids: Tensor) -> Tensor:
         return self.base_model.get_input_embeddings()(input_ids)

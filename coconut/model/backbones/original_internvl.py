@@ -204,7 +204,10 @@ def export_original(
         key, part = original_name(name)
         parts[key][part or 0] = weight
     weights = {key: torch.cat([p[i] for i in range(len(p))]) if len(p) > 1 else p[0] for key, p in parts.items()}
-    rows = weights["language_model.model.embed_tokens.weight"].shape[0]
+    table, head = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
+    if head in weights and weights[head].data_ptr() == weights[table].data_ptr():
+        del weights[head]  # tied; the writer would keep one of the two, and not the table
+    rows = weights[table].shape[0]
     config = {**original, "llm_config": {**original["llm_config"], "vocab_size": rows}}
     folder.mkdir(parents=True, exist_ok=True)
     save_torch_state_dict(weights, folder, max_shard_size=max_shard_size)

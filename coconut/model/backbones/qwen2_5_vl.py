@@ -20,6 +20,8 @@ TILE_SIZE = 448
 class Qwen25VLBackbone(Backbone):
     """The native aspect ratio of an image is not supported: every tile is `tile_size` pixels square."""
 
+    counts_positions = False  # an image takes fewer than it has tokens
+
     auto_class: ClassVar[Any] = Qwen2_5_VLForConditionalGeneration
     pixel_mean: ClassVar[tuple[float, ...]] = (0.48145466, 0.4578275, 0.40821073)  # of CLIP
     pixel_std: ClassVar[tuple[float, ...]] = (0.26862954, 0.26130258, 0.27577711)
