@@ -33,6 +33,10 @@ def _contradictions(values: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...]
         if method.startswith("pause") and values[name] != default:
             text = f"{name} = {values[name]!r} with method = {method!r}: pauses are not computed; leave it out"
             yield ("method", name), Fault(name, text)
+    for name in ("lora_alpha", "lora_dropout", "lora_target_modules"):
+        if values["lora_rank"] is None and values[name]:
+            text = f"{name} = {values[name]!r}: without lora_rank there is no LoRA; set lora_rank, or leave it out"
+            yield ("lora_rank", name), Fault(name, text)
     whole, micro = values["global_batch_size"], values["batch_size_training"]
     if whole is not None and micro > whole:
         text = f"batch_size_training = {micro}: is more than global_batch_size = {whole}, of which it is a part"

@@ -90,6 +90,25 @@ class Schema(BaseModel):
     fp16: bool = Field(False, description="weights and activations in float16, with loss scaling; not with bf16")
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward: memory for time")
 
+    # -- what is trained --
+    freeze: list[Literal["vision", "projector", "language", "embeddings"]] = Field(
+        default_factory=list,
+        description="parts that are not trained: vision (the tower), projector (from it to the decoder), language (the "
+        "decoder), embeddings (token table and head; the latent tokens' rows learn all the same)",
+    )
+    lora_rank: Int | None = Field(
+        None,
+        ge=1,
+        description="rank of LoRA adapters beside the decoder's linear layers, which freezes language and embeddings; "
+        "null = no LoRA",
+    )
+    lora_alpha: Float | None = Field(None, gt=0, description="scale of LoRA times its rank; null = 2 x lora_rank")
+    lora_dropout: Float = Field(0.0, ge=0, lt=1, description="probability that LoRA drops a value of its input")
+    lora_target_modules: Annotated[list[Text], Field(min_length=1)] | None = Field(
+        None,
+        description="linear layers of the decoder with LoRA, by name or its end ([q_proj, v_proj]); null = all of them",
+    )
+
     # -- curriculum --
     method: Literal[
         "coconut",

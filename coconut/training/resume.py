@@ -22,6 +22,7 @@ FIXED_SETTINGS = (
     "train_data_path", "max_train_samples", "samples_per_epoch", "balance", "image_size", "max_num_patches",
     "use_thumbnail", "dynamic_preprocess", "prompt_format", "bf16", "fp16", "latent_feedback", "latent_passes",
     "jacobi_iterations", "auxiliary_losses", "icot_tokens", "icot_smoothing", "start_stage",
+    "freeze", "lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules",
 )  # fmt: skip
 
 
