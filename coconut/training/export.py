@@ -27,6 +27,11 @@ def export_model(engine: Any, model: MultimodalCoconut, processors: list[Any], f
     barrier()
 
 
+def best_name(stage: int) -> str:
+    """The folder of a stage's best model, beside stage_K, which holds its last."""
+    return f"stage_{stage}_best"
+
+
 def exported_step(final: Path) -> int:
     """Optimizer steps of the model in `final`; -1 when there is none."""
     try:

@@ -7,6 +7,7 @@ from typing import Any
 
 from coconut.training.bad_samples import BAD_SAMPLES_FILE
 from coconut.training.checkpoint import Checkpoint, CheckpointFolder, fault_of, read_checkpoint
+from coconut.training.export import exported_step
 from coconut.training.metrics import METRICS_FILE, MetricsWriter
 from coconut.training.run_folder import hold_run, restore_replaced, set_aside
 from coconut.training.stop import StopRequests
@@ -28,7 +29,9 @@ FIXED_SETTINGS = (
 
 def fixed_settings(config: Any) -> dict[str, Any]:
     """The settings that make a configuration's run the same run."""
-    return {name: getattr(config, name) for name in FIXED_SETTINGS}
+    stages = range(config.max_latent_stage + 1)
+    of_stages = {"stages.c_thought": [config.stage_setting(stage, "c_thought") for stage in stages]}
+    return {name: getattr(config, name) for name in FIXED_SETTINGS} | of_stages
 
 
 def take_run(run_dir: Path) -> None:
@@ -77,6 +80,9 @@ def _make_room(checkpoints: CheckpointFolder, folder: Path | None) -> Checkpoint
     found = read_checkpoint(folder, checkpoints.run)
     newer = [other.name for other in checkpoints.folder.glob("step-*") if other.name > folder.name]
     set_aside(checkpoints.folder, newer)  # else the next start would take them for the newest
+    # A model that was the best later on than this run knows.
+    later = [best.name for best in run_dir.glob("stage_*_best") if exported_step(best) > found.state.step]
+    set_aside(run_dir, later)
     MetricsWriter(run_dir).rewind(found.state.step)
     logger.info("going on from %s: stage %d, step %d", folder, found.state.stage, found.state.step)
     return found
