@@ -117,8 +117,9 @@ class PreviewInputs:
         samples = self.config.samples_per_epoch or len(self.train)
         return math.ceil(settings.steps / math.ceil(samples / self.geometry(1, stage).samples))
 
-    def geometry(self, ranks: int, stage: int) -> BatchGeometry:
-        return batch_geometry(stage_batch(self.config, stage), ranks)
+    def geometry(self, ranks: int, stage: int | None = None) -> BatchGeometry:
+        """The optimizer step of a stage, by default the first."""
+        return batch_geometry(stage_batch(self.config, self.stages.stages[0] if stage is None else stage), ranks)
 
 
 def open_preview(config: Any) -> PreviewInputs:

@@ -53,7 +53,7 @@ def histograms(preview: PreviewInputs) -> list[Histogram]:
 
 def balances(preview: PreviewInputs, ranks: int) -> list[Balance]:
     """Of the run's own kind of plan for `ranks` ranks, and of the other kinds beside it."""
-    config, split, geometry = preview.config, preview.train, preview.geometry(ranks, preview.stages.stages[0])
+    config, split, geometry = preview.config, preview.train, preview.geometry(ranks)
     used = config.balance
     found = []
     try:
