@@ -7,7 +7,6 @@ from typing import Any
 
 from coconut.training.bad_samples import BAD_SAMPLES_FILE
 from coconut.training.checkpoint import Checkpoint, CheckpointFolder, fault_of, read_checkpoint
-from coconut.training.export import exported_step
 from coconut.training.metrics import METRICS_FILE, MetricsWriter
 from coconut.training.run_folder import hold_run, restore_replaced, set_aside
 from coconut.training.stop import StopRequests
@@ -80,9 +79,6 @@ def _make_room(checkpoints: CheckpointFolder, folder: Path | None) -> Checkpoint
     found = read_checkpoint(folder, checkpoints.run)
     newer = [other.name for other in checkpoints.folder.glob("step-*") if other.name > folder.name]
     set_aside(checkpoints.folder, newer)  # else the next start would take them for the newest
-    # A model that was the best later on than this run knows.
-    later = [best.name for best in run_dir.glob("stage_*_best") if exported_step(best) > found.state.step]
-    set_aside(run_dir, later)
     MetricsWriter(run_dir).rewind(found.state.step)
     logger.info("going on from %s: stage %d, step %d", folder, found.state.stage, found.state.step)
     return found

@@ -23,7 +23,7 @@ from coconut.training.bad_samples import BadSampleReport
 from coconut.training.batches import set_geometry, stage_geometry
 from coconut.training.checkpoint import CheckpointFolder, load_checkpoint
 from coconut.training.engine import build_engine, is_owned, reset_optimizer, set_learning_rate
-from coconut.training.export import best_name, export_model, exported_step, mark_stage_done
+from coconut.training.export import best_name, export_model, exported_step, mark_stage_done, settle_best
 from coconut.training.inputs import TrainingInputs
 from coconut.training.metrics import Totals
 from coconut.training.recovery import Recovery
@@ -168,6 +168,7 @@ class MultimodalCoTTrainer:
                 self._save_if_possible(metrics)
         if state.stage_done:
             self.log.stage_end(state)
+            on_main_first(lambda: settle_best(self.run_dir, stage, state.best_step))
             self._export(f"stage_{stage}")
         self.save_checkpoint(state.epoch, self._metrics_now())
 

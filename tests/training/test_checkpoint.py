@@ -21,7 +21,6 @@ from coconut.training.checkpoint import (
     read_checkpoint,
 )
 from coconut.training.metrics import MetricsWriter
-from coconut.training.resume import find_start
 from coconut.training.state import TrainState
 from coconut.types import CheckpointError, ConfigError
 
@@ -236,18 +235,6 @@ def test_another_run_is_refused(checkpoints: CheckpointFolder, engine: Engine) -
     (folder / STATE_FILE).unlink()
     with pytest.raises(CheckpointError, match="no complete checkpoint"):
         read_checkpoint(folder, RUN)
-
-
-def test_a_best_model_of_a_later_step_is_moved_aside(checkpoints: CheckpointFolder, engine: Engine) -> None:
-    run_dir = checkpoints.folder.parent
-    checkpoints.save(engine, TrainState(step=4))
-    for stage, step in ((0, 3), (1, 6)):
-        folder = run_dir / f"stage_{stage}_best"
-        folder.mkdir()
-        (folder / "coconut.json").write_text(json.dumps({"metadata": {"state": {"step": step}}}))
-    assert find_start(checkpoints, "auto").state.step == 4
-    assert sorted(path.name for path in run_dir.glob("**/stage_*_best")) == ["stage_0_best", "stage_1_best"]
-    assert (run_dir / "stage_0_best").is_dir() and (run_dir / "old-1" / "stage_1_best").is_dir()
 
 
 def test_metrics_are_taken_back_to_the_checkpoint(tmp_path: Path) -> None:

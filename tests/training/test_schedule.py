@@ -10,6 +10,7 @@ import pytest
 
 from coconut.config import Config
 from coconut.training.batches import stage_geometry
+from coconut.training.export import settle_best
 from coconut.training.schedule import is_at_bound, is_validation_due, reason_to_end
 from coconut.training.stages import StageManager
 from coconut.training.state import TrainState
@@ -120,6 +121,16 @@ def test_each_stage_has_its_own_step_whatever_the_ranks(monkeypatch: pytest.Monk
         monkeypatch.setattr("coconut.training.batches.get_world_size", lambda world=world: world)
         sizes[world] = [(g.samples, g.accumulation) for g in (stage_geometry(config, k, state) for k in (0, 1, 2))]
     assert sizes == {1: [(8, 2), (24, 12), (8, 2)], 2: [(8, 1), (24, 6), (8, 1)], 4: [(8, 1), (24, 3), (8, 1)]}
+
+
+@pytest.mark.parametrize("best_step", [6, 4])
+def test_a_best_model_that_the_run_does_not_know_is_moved_aside(tmp_path: Path, best_step: int) -> None:
+    folder = tmp_path / "stage_1_best"
+    folder.mkdir()
+    (folder / "coconut.json").write_text(json.dumps({"metadata": {"state": {"step": 6}}}))
+    settle_best(tmp_path, 1, best_step)
+    assert folder.is_dir() == (best_step == 6)
+    assert (tmp_path / "old-1" / "stage_1_best" / "coconut.json").is_file() == (best_step != 6)
 
 
 # -- runs --
