@@ -108,10 +108,13 @@ def check(config: Config) -> tuple[Any, Any]:
     from transformers.utils.logging import disable_progress_bar
 
     from coconut.config.deepspeed import resolve_ds_config
+    from coconut.model.adapters import LoraSettings, check_trained
     from coconut.model.auxiliary import load_auxiliary_loss
+    from coconut.model.loading import load_outline
     from coconut.training.resume import take_run
     from coconut.utils.distributed import get_world_size, init_distributed_training, on_main_first
     from coconut.utils.logging import setup_logging
+    from coconut.utils.tokenizer import load_tokenizer
 
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
@@ -121,6 +124,9 @@ def check(config: Config) -> tuple[Any, Any]:
     setup_logging(config)
     for path in config.auxiliary_losses:
         load_auxiliary_loss(path)
+    if config.freeze or config.lora_rank is not None:
+        start = config.load_model_path or config.model_id
+        check_trained(load_outline(start, load_tokenizer(start)), config.freeze, LoraSettings.from_config(config))
     resolve_ds_config(config, world_size=get_world_size(), hidden_size=1024)  # the true width is not known yet
     return load_inputs(config)
 

@@ -13,7 +13,9 @@ from coconut.config.faults import Fault, Note
 RECIPES = {"data/arrow_maze": "python launch/prepare_data.py arrow-maze"}
 
 _OWN_DATA = f"give your own (README: your own data), or make the demo's with `{RECIPES['data/arrow_maze']}`"
-_NEED_VALIDATION = ("advance_at", "early_stopping_patience", "save_only_improve")
+#: Keys that look at validation, and what a stage calls them.
+_NEED_VALIDATION = {"advance_at": "advance_at", "early_stopping_patience": "patience", "save_only_improve": None}
+_BATCH_KEYS = ("global_batch_size", "batch_size_training", "gradient_accumulation_steps")
 
 
 def contradictions(values: Mapping[str, Any], faulty: Collection[str]) -> list[Fault]:
@@ -34,18 +36,33 @@ def _contradictions(values: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...]
         if method.startswith("pause") and values[name] != default:
             text = f"{name} = {values[name]!r} with method = {method!r}: pauses are not computed; leave it out"
             yield ("method", name), Fault(name, text)
-    whole, micro = values["global_batch_size"], values["batch_size_training"]
+    for name in ("lora_alpha", "lora_dropout", "lora_target_modules"):
+        if values["lora_rank"] is None and values[name]:
+            text = f"{name} = {values[name]!r}: without lora_rank there is no LoRA; set lora_rank, or leave it out"
+            yield ("lora_rank", name), Fault(name, text)
+    yield from _batch_faults(values, "", ())
+    for stage, own in values["stages"].items():
+        if own.keys() & {*_BATCH_KEYS}:
+            yield from _batch_faults({**values, **own}, f"stages.{stage}.", ("stages",))
+        if own.get("epochs") is not None and own.get("steps") is not None:
+            text = f"stages.{stage}.steps = {own['steps']} with epochs = {own['epochs']}: keep one of them"
+            yield ("stages",), Fault(f"stages.{stage}.steps", text)
+
+
+def _batch_faults(
+    values: Mapping[str, Any], where: str, also: tuple[str, ...]
+) -> Iterator[tuple[tuple[str, ...], Fault]]:
+    whole, micro, accumulation = (values[key] for key in _BATCH_KEYS)
     if whole is not None and micro > whole:
-        text = f"batch_size_training = {micro}: is more than global_batch_size = {whole}, of which it is a part"
-        yield ("batch_size_training", "global_batch_size"), Fault("batch_size_training", text)
-    accumulation = values["gradient_accumulation_steps"]
+        text = f"{where}batch_size_training = {micro}: is more than global_batch_size = {whole}, of which it is a part"
+        yield (*also, "batch_size_training", "global_batch_size"), Fault(f"{where}batch_size_training", text)
     if whole is not None and accumulation != 1:
         text = (
-            f"gradient_accumulation_steps = {accumulation} with global_batch_size = {whole}: keep one of them; "
+            f"{where}gradient_accumulation_steps = {accumulation} with global_batch_size = {whole}: keep one of them; "
             "accumulation follows from global_batch_size, batch_size_training and the number of ranks"
         )
-        keys = ("gradient_accumulation_steps", "global_batch_size")
-        yield keys, Fault("gradient_accumulation_steps", text)
+        keys = (*also, "gradient_accumulation_steps", "global_batch_size")
+        yield keys, Fault(f"{where}gradient_accumulation_steps", text)
 
 
 def observations(values: Mapping[str, Any]) -> list[Note]:
@@ -56,7 +73,13 @@ def observations(values: Mapping[str, Any]) -> list[Note]:
     if beyond:
         names = ", ".join(map(str, beyond))
         notes.append(Note(f"settings of stages {names} are not used: max_latent_stage = {last}"))
-    if values["method"] == "coconut" and values["num_epochs"] is not None:
+    by_steps = values["steps_per_stage"] or any(table.get("steps") for table in values["stages"].values())
+    if by_steps and values["num_epochs"] is not None:
+        text = (
+            f"stages are counted in steps, and num_epochs = {values['num_epochs']} may end the run before the last does"
+        )
+        notes.append(Note(f"{text}; null = no limit"))
+    if values["method"] == "coconut" and values["num_epochs"] is not None and not by_steps:
         epochs = [values["stages"].get(k, {}).get("epochs", values["epochs_per_stage"]) for k in range(last)]
         if sum(epochs) >= values["num_epochs"]:
             notes.append(
@@ -80,8 +103,8 @@ def missing_paths(values: Mapping[str, Any]) -> list[Fault]:
         elif not Path(path).exists():
             faults.append(Fault(key, f"{key} = {path!r}: does not exist; {_recipe(path) or _OWN_DATA}"))
     if values["val_data_path"] is None and not values["only_eval"]:
-        for key in _NEED_VALIDATION:
-            if values[key] or (key == "advance_at" and any(table.get(key) for table in values["stages"].values())):
+        for key, name in _NEED_VALIDATION.items():
+            if values[key] or (name is not None and any(table.get(name) for table in values["stages"].values())):
                 faults.append(Fault(key, f"{key}: looks at validation, but val_data_path is not set"))
     return faults + _missing_model(values) + _missing_others(values)
 

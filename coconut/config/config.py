@@ -152,9 +152,11 @@ class Config(_Keys):
 
         Args:
             stage: number of the stage.
-            name: learning_rate, epochs, uniform_prob, warmup_steps, advance_at or train_data_path.
+            name: one of `STAGE_KEYS`.
         """
         own: Mapping[str, Any] = self.stages.get(stage, {})
+        if name == "steps" and "epochs" in own and "steps" not in own:  # a stage of its own number of epochs
+            return None
         return own[name] if name in own else getattr(self, STAGE_KEYS[name])
 
     # -- changing --

@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, get_args, get_type_hints
+from itertools import chain
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
@@ -88,7 +89,8 @@ def _schema_fault(found: dict[str, Any]) -> Fault:
     if location[0] == "stages" and len(location) == 2 and "[key]" in found["loc"]:
         return Fault(key, f"{key}: a stage's number must be 0, 1, 2 ..., or `last`")
     field = Schema.model_fields[str(location[0])]
-    description = field.description if len(location) == 1 else _stage_description(str(location[-1]))
+    is_stage = location[0] == "stages" and len(location) > 1
+    description = _stage_description(str(location[-1])) if is_stage else field.description
     default = f"; default {_yaml(field.get_default(call_default_factory=True))}" if len(location) == 1 else ""
     return Fault(key, f"{key} = {value!r}: {_demand(found, field)} ({description}{default})")
 
@@ -107,7 +109,7 @@ def _demand(found: dict[str, Any], field: FieldInfo) -> str:
         name, words = bounds[kind]
         return f"must be {words} {context[name]:g}"
     if kind == "literal_error":
-        choices = [str(choice) for choice in get_args(field.annotation)]
+        choices = [str(choice) for choice in _choices(field.annotation)]
         return f"must be one of {', '.join(choices)}{nearest_choice(found['input'], choices)}"
     if kind == "value_error":
         return str(context["error"])
@@ -121,9 +123,19 @@ def _demand(found: dict[str, Any], field: FieldInfo) -> str:
         return "must be true or false"
     if kind.startswith("string"):
         return "must be text; put it in quotes if it is meant as text"
+    if kind.startswith("list"):
+        return "must be a list such as [one, two]"
+    if kind == "too_short":
+        return "must not be empty"
     if kind.startswith("dict"):
         return "must be a table such as {learning_rate: 1e-4, epochs: 3}"
     return str(found["msg"])
+
+
+def _choices(annotation: Any) -> tuple[Any, ...]:
+    """Those of a Literal, also inside a list."""
+    args = get_args(annotation)
+    return args if get_origin(annotation) is Literal else tuple(chain.from_iterable(_choices(part) for part in args))
 
 
 def _stage_description(name: str) -> str:

@@ -15,6 +15,13 @@ STAGE_KEYS = {
     "warmup_steps": "warmup_steps",
     "advance_at": "advance_at",
     "train_data_path": "train_data_path",
+    "steps": "steps_per_stage",
+    "patience": "early_stopping_patience",
+    "min_steps": "early_stopping_min_steps",
+    "c_thought": "c_thought",
+    "batch_size_training": "batch_size_training",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "global_batch_size": "global_batch_size",
 }
 
 
@@ -30,7 +37,8 @@ def overlay(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> tuple[dict[st
     merged = {**lower, **upper}
     notes: list[Note] = []
     stages = _tables(lower.get("stages"))
-    for name, key in STAGE_KEYS.items():
+    # Epochs and steps say the same thing: a run's key of either kind replaces both.
+    for name, key in (*STAGE_KEYS.items(), ("epochs", "steps_per_stage"), ("steps", "epochs_per_stage")):
         if key not in upper:
             continue
         holders = [stage for stage, table in stages.items() if table.pop(name, upper[key]) != upper[key]]

@@ -42,6 +42,13 @@ class StageSettings(TypedDict, total=False):
     warmup_steps: Annotated[Int, Field(ge=0, description="warm-up of this stage, in optimizer steps")]
     advance_at: Annotated[Float | None, Field(gt=0, le=1, description="matching fraction that ends this stage")]
     train_data_path: Annotated[DataPath, Field(description="training data of this stage: a path, or path: weight")]
+    steps: Annotated[Int | None, Field(ge=1, description="optimizer steps of this stage, in the place of epochs")]
+    patience: Annotated[Int | None, Field(ge=1, description="validations without a gain that end this stage")]
+    min_steps: Annotated[Int, Field(ge=0, description="optimizer steps of this stage before patience may end it")]
+    c_thought: Annotated[Int, Field(ge=1, le=64, description="latent thoughts a written step in this stage")]
+    batch_size_training: Annotated[Int, Field(ge=1, description="samples in a micro-batch of this stage")]
+    gradient_accumulation_steps: Annotated[Int, Field(ge=1, description="micro-batches of a rank in a step here")]
+    global_batch_size: Annotated[Int | None, Field(ge=1, description="samples in an optimizer step of this stage")]
 
 
 class Schema(BaseModel):
@@ -94,6 +101,25 @@ class Schema(BaseModel):
     fp16: bool = Field(False, description="weights and activations in float16, with loss scaling; not with bf16")
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward: memory for time")
 
+    # -- what is trained --
+    freeze: list[Literal["vision", "projector", "language", "embeddings"]] = Field(
+        default_factory=list,
+        description="parts that are not trained: vision (the tower), projector (from it to the decoder), language (the "
+        "decoder), embeddings (token table and head; the latent tokens' rows learn all the same)",
+    )
+    lora_rank: Int | None = Field(
+        None,
+        ge=1,
+        description="rank of LoRA adapters beside the decoder's linear layers, which freezes language and embeddings; "
+        "null = no LoRA",
+    )
+    lora_alpha: Float | None = Field(None, gt=0, description="scale of LoRA times its rank; null = 2 x lora_rank")
+    lora_dropout: Float = Field(0.0, ge=0, lt=1, description="probability that LoRA drops a value of its input")
+    lora_target_modules: Annotated[list[Text], Field(min_length=1)] | None = Field(
+        None,
+        description="linear layers of the decoder with LoRA, by name or its end ([q_proj, v_proj]); null = all of them",
+    )
+
     # -- curriculum --
     method: Literal[
         "coconut",
@@ -120,6 +146,9 @@ class Schema(BaseModel):
     c_thought: Int = Field(2, ge=1, le=64, description="latent thoughts that replace one written step")
     max_latent_stage: Int = Field(4, ge=0, le=1000, description="last stage K; stage k replaces the first k steps")
     epochs_per_stage: Int = Field(5, ge=1, description="epochs of a stage, at most")
+    steps_per_stage: Int | None = Field(
+        None, ge=1, description="optimizer steps of a stage, at most; null = epochs_per_stage decides"
+    )
     num_epochs: Int | None = Field(
         40, ge=1, description="epochs of the whole run, at most; the last stage takes what is left; null = no limit"
     )
@@ -135,8 +164,9 @@ class Schema(BaseModel):
     )
     stages: dict[Annotated[int, Field(ge=0)], StageSettings] = Field(
         default_factory=dict,
-        description="settings of single stages: learning_rate, epochs, uniform_prob, warmup_steps, advance_at, "
-        "train_data_path",
+        description="settings of single stages: learning_rate, warmup_steps, uniform_prob, c_thought, epochs or steps, "
+        "advance_at, patience, min_steps, batch_size_training, gradient_accumulation_steps, "
+        "global_batch_size, train_data_path",
     )
 
     # -- optimization --
@@ -235,7 +265,14 @@ class Schema(BaseModel):
     # -- evaluation --
     only_eval: bool = Field(False, description="do not train: score load_model_path or model_id on test_data_path")
     batch_size_eval: Int = Field(16, ge=1, description="samples a rank evaluates at once")
-    eval_every_n_epochs: Int = Field(1, ge=1, description="epochs between two validations")
+    eval_every_n_epochs: Int = Field(1, ge=1, description="epochs between two validations; a stage's end is always one")
+    eval_every_n_steps: Int | None = Field(
+        None, ge=1, description="optimizer steps of a stage between two validations; null = eval_every_n_epochs decides"
+    )
+    validation_metric: Literal["accuracy", "full_match", "loss"] = Field(
+        "accuracy",
+        description="what tells the best model of a stage, and a gain: answers right, whole texts right, or least loss",
+    )
     max_new_tokens: Int = Field(100, ge=1, description="tokens generated for a sample, at most")
 
     # -- checkpoints --
@@ -251,9 +288,12 @@ class Schema(BaseModel):
     )
     max_checkpoints: Int = Field(5, ge=1, description="checkpoints kept; the oldest goes first")
     early_stopping_patience: Int | None = Field(
-        None, ge=1, description="validations without improvement that end a stage; null = off"
+        None, ge=1, description="validations without a gain (a plateau) that end a stage; null = off"
     )
-    early_stopping_min_delta: Float = Field(0.0, ge=0, description="least gain in accuracy that is an improvement")
+    early_stopping_min_steps: Int = Field(
+        0, ge=0, description="optimizer steps of a stage before early_stopping_patience may end it"
+    )
+    early_stopping_min_delta: Float = Field(0.0, ge=0, description="least change of validation_metric that is a gain")
 
     # -- machine --
     deepspeed: Text | None = Field(

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from coconut.config.deepspeed import zero_stage
-from coconut.model import custom_generate
+from coconut.model import adapters, custom_generate
 from coconut.model.auxiliary import load_auxiliary_loss
 from coconut.model.backbones import backbone_class, original_internvl
 from coconut.model.backbones.base import Backbone
@@ -68,6 +68,8 @@ def load_model(cls: type[MultimodalCoconut], model_id: str | Path, config: Any =
     if config is not None:
         _configure(model, config)
     _read_own_weights(model, Path(model_id))
+    if config is not None:
+        adapters.choose_trained(model, config.freeze, adapters.LoraSettings.from_config(config), config.seed)
     return model
 
 
@@ -218,9 +220,9 @@ def save_model(model: MultimodalCoconut, folder: Path, state_dict: dict[str, Ten
     """See `MultimodalCoconut.save_pretrained`."""
     folder.mkdir(parents=True, exist_ok=True)
     _hand_on_generation(model, folder)
-    whole = model.state_dict() if state_dict is None else state_dict
+    whole = adapters.merged(model, model.state_dict() if state_dict is None else state_dict)
     weights = {name.removeprefix(BASE_PREFIX): w for name, w in whole.items() if name.startswith(BASE_PREFIX)}
-    model.base_model.save_pretrained(folder, state_dict=None if state_dict is None else weights)
+    model.base_model.save_pretrained(folder, state_dict=weights)
     own = {name: w.contiguous() for name, w in whole.items() if not name.startswith(BASE_PREFIX)}
     if own:
         save_file(own, folder / OWN_WEIGHTS_FILE)

@@ -127,8 +127,8 @@ class LatentLoop(nn.Module):
         """Ask ZeRO-3 to treat the loop as one module; before the engine is built."""
         self._z3_leaf = True
         # Once: to touch a weight inside a forward is, to DeepSpeed, to use it there.
-        table = self.decoder.get_input_embeddings().weight
-        self._borrowed_parameters = [pair for pair in self.decoder.named_parameters() if pair[1] is not table]
+        table = {id(parameter) for parameter in self.decoder.get_input_embeddings().parameters()}
+        self._borrowed_parameters = [pair for pair in self.decoder.named_parameters() if id(pair[1]) not in table]
 
     def unhook_decoder(self) -> None:
         """Take DeepSpeed's hooks off what runs inside the leaf; after the engine is built.

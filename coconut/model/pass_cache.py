@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, get_device_states, set_device_states
 from transformers import LlamaModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
@@ -85,6 +85,18 @@ class _Written(Exception):
     """Ends a layer's call as soon as its keys and values are written."""
 
 
+class _Draws:
+    """Where the random generators stand: dropout before keys and values (LoRA's) must fall alike in a repetition."""
+
+    def __init__(self, *values: object) -> None:
+        self.cpu = torch.get_rng_state()
+        self.devices, self.states = get_device_states(*values)
+
+    def repeat(self) -> None:
+        torch.set_rng_state(self.cpu)
+        set_device_states(self.devices, self.states)
+
+
 class _LayerColumns:
     """Keys and values of all passes in one decoder layer.
 
@@ -126,11 +138,13 @@ class _LayerColumns:
         for memory in self.memory:
             memory.resize(filled=True)
         self.is_released, self.is_restoring = False, True
+        own = _Draws(self.memory[0].whole)  # those of the recomputation that asks, which goes on afterwards
         with torch.no_grad():
             for pass_index, call in enumerate(self.calls[:-1]):
                 view = _PassLayer(self, pass_index, keep=True)
                 with suppress(_Written):
                     call(Cache(layers=[view] * self.n_layers))  # the layer looks at its own only
+        own.repeat()
         self.is_restoring = False
         self.calls.clear()
 
@@ -175,8 +189,10 @@ class _PassLayer(DynamicLayer):
         if self.keep:
             values = [_without_history(arg) for arg in args]
             options = {name: _without_history(arg) for name, arg in kwargs.items()}
+            draws = _Draws(*values, *options.values())
 
             def repeat(cache: Cache) -> object:
+                draws.repeat()
                 return call(
                     *(cache if value is _THE_CACHE else value for value in values),
                     **{name: cache if value is _THE_CACHE else value for name, value in options.items()},

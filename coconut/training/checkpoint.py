@@ -42,6 +42,7 @@ STATE_FILE = "state.json"
 MANIFEST_FILE = "manifest.json"
 #: What reading a damaged file raises. Not RuntimeError, which is what a rank gets whose neighbour died.
 UNREADABLE = (OSError, SafetensorError, ValueError, KeyError, TypeError)
+NOT_VALIDATED = float("-inf")
 SPARE_BYTES = 1 << 20  # headers, state and manifest
 
 
@@ -68,11 +69,11 @@ class CheckpointFolder:
         self.keep = keep
         self.run = run
 
-    def save(self, engine: Any, state: TrainState, accuracy: float | None = None) -> Path:
+    def save(self, engine: Any, state: TrainState, score: float | None = None) -> Path:
         """Write a checkpoint; every rank must call it. Nothing older is touched until it is complete.
 
         Args:
-            accuracy: of the newest validation, which decides what the best checkpoint is.
+            score: of a validation of these weights, which decides what the best checkpoint is; higher is better.
 
         Raises:
             CheckpointError: on every rank, when the disk is too full or a rank cannot write.
@@ -92,7 +93,7 @@ class CheckpointFolder:
             "world_size": get_world_size(),
             "run": self.run,
             "engine": engine_numbers(engine),
-            "accuracy": accuracy,
+            "score": score,
         }
         on_main_first(lambda: _or_checkpoint_error(lambda: self._commit(partial, final, files, content), final))
         return final
@@ -121,7 +122,7 @@ class CheckpointFolder:
         """Remove what is too old; `newest` was just written, and stays even where its step is lower."""
         found = self.complete()
         best = max(found, key=_goodness, default=None)
-        if best is not None and _goodness(best)[1] < 0:  # nothing was validated yet in its stage
+        if best is not None and _goodness(best)[1] == NOT_VALIDATED:
             best = None
         for old in found[: -self.keep]:
             if old not in (newest, best):
@@ -214,12 +215,12 @@ def _or_checkpoint_error(action: Callable[[], T], final: Path) -> T:
 
 
 def _goodness(folder: Path) -> tuple[int, float]:
-    """Accuracies of different stages are of different tasks: the newest stage comes first."""
+    """Scores of different stages are of different tasks: the newest stage comes first."""
     try:
         content = json.loads((folder / STATE_FILE).read_text())
-        return int(content["state"]["stage"]), -1.0 if content["accuracy"] is None else float(content["accuracy"])
+        return int(content["state"]["stage"]), NOT_VALIDATED if content["score"] is None else float(content["score"])
     except (OSError, ValueError, KeyError, TypeError):
-        return -1, -1.0  # damaged, so not the best
+        return -1, NOT_VALIDATED  # damaged, so not the best
 
 
 def read_checkpoint(folder: Path, run: dict[str, Any]) -> Checkpoint:

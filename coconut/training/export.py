@@ -9,9 +9,12 @@ from typing import Any
 
 from coconut.model import MultimodalCoconut
 from coconut.training.engine import gathered_state_dict
-from coconut.training.run_folder import DONE_FILE, is_stage_done, replace_folder, write_json
+from coconut.training.run_folder import DONE_FILE, is_stage_done, replace_folder, set_aside, write_json
 from coconut.training.state import TrainState
 from coconut.utils.distributed import barrier, is_main_process
+from coconut.utils.logging import get_logger
+
+logger = get_logger(__name__)
 
 
 def export_model(engine: Any, model: MultimodalCoconut, processors: list[Any], final: Path) -> None:
@@ -25,6 +28,24 @@ def export_model(engine: Any, model: MultimodalCoconut, processors: list[Any], f
             processor.save_pretrained(partial)
         replace_folder(partial, final)
     barrier()
+
+
+def best_name(stage: int) -> str:
+    """The folder of a stage's best model, beside stage_K, which holds its last."""
+    return f"stage_{stage}_best"
+
+
+def settle_best(run_dir: Path, stage: int, best_step: int) -> None:
+    """Move a stage's best model aside if it is another than the run knows of, at the stage's end.
+
+    A process that died may have left one of a later step, which the next did not come to in the same way.
+    """
+    found = exported_step(run_dir / best_name(stage))
+    if found not in (-1, best_step):
+        folder = set_aside(run_dir, (best_name(stage),))
+        logger.warning(
+            "the best of stage %d was at step %d; that of step %d is now in %s", stage, best_step, found, folder
+        )
 
 
 def exported_step(final: Path) -> int:

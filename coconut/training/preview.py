@@ -8,6 +8,7 @@ run uses. Only the written text beside it is read from the data set again.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -22,6 +23,7 @@ from coconut.data.image import ImageProcessor
 from coconut.data.stage_text import build_prompt_template
 from coconut.evaluation.flops import training_flops
 from coconut.model.loading import load_outline
+from coconut.training.batches import stage_batch
 from coconut.training.inputs import Split, TrainingInputs
 from coconut.training.stages import StageManager
 from coconut.types import IGNORE_INDEX, Batch, ConfigError, Sample
@@ -105,10 +107,19 @@ class PreviewInputs:
 
     def epoch_of(self, stage: int) -> int:
         """The epoch that a stage begins with, when no stage before it ends early."""
-        return sum(self.stages.settings(earlier).epochs for earlier in self.stages.stages if earlier < stage)
+        return sum(self._epochs(earlier) for earlier in self.stages.stages if earlier < stage)
 
-    def geometry(self, ranks: int) -> BatchGeometry:
-        return batch_geometry(self.config, ranks)
+    def _epochs(self, stage: int) -> int:
+        settings = self.stages.settings(stage)
+        if settings.epochs is not None:
+            return settings.epochs
+        assert settings.steps is not None
+        samples = self.config.samples_per_epoch or len(self.train)
+        return math.ceil(settings.steps / math.ceil(samples / self.geometry(1, stage).samples))
+
+    def geometry(self, ranks: int, stage: int | None = None) -> BatchGeometry:
+        """The optimizer step of a stage, by default the first."""
+        return batch_geometry(stage_batch(self.config, self.stages.stages[0] if stage is None else stage), ranks)
 
 
 def open_preview(config: Any) -> PreviewInputs:
@@ -140,7 +151,7 @@ def preview_batches(preview: PreviewInputs, stage: int, n_rows: int, ranks: int 
         known = ", ".join(map(str, preview.stages.stages))
         raise ConfigError(f"stage is {stage}; this run has {known}")
     epoch = preview.epoch_of(stage)
-    loader = preview.inputs.train_loader(stage, epoch, 0, preview.geometry(ranks), ranks)
+    loader = preview.inputs.train_loader(stage, epoch, 0, preview.geometry(ranks, stage), ranks)
     left = n_rows
     for batch in loader:
         if left <= 0:

@@ -22,6 +22,7 @@ FIXED_SETTINGS = (
     "train_data_path", "max_train_samples", "samples_per_epoch", "balance", "image_size", "max_num_patches",
     "use_thumbnail", "dynamic_preprocess", "prompt_format", "bf16", "fp16", "latent_feedback", "latent_passes",
     "jacobi_iterations", "auxiliary_losses", "icot_tokens", "icot_smoothing", "start_stage",
+    "freeze", "lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules",
 )  # fmt: skip
 
 
@@ -30,7 +31,14 @@ def fixed_settings(config: Any) -> dict[str, Any]:
     # None: as in checkpoints that were written before there were such keys.
     costs = {name: getattr(config, name) or None for name in ("cost_per_patch", "cost_per_latent_pass")}
     own = {str(stage): table["train_data_path"] for stage, table in config.stages.items() if "train_data_path" in table}
-    return {name: getattr(config, name) for name in FIXED_SETTINGS} | costs | {"stages.train_data_path": own or None}
+    stages = range(config.max_latent_stage + 1)
+    of_stages = {"stages.c_thought": [config.stage_setting(stage, "c_thought") for stage in stages]}
+    return (
+        {name: getattr(config, name) for name in FIXED_SETTINGS}
+        | of_stages
+        | costs
+        | {"stages.train_data_path": own or None}
+    )
 
 
 def take_run(run_dir: Path) -> None:

@@ -46,12 +46,17 @@ class RunLog:
             lr=engine.optimizer.param_groups[0]["lr"],
             grad_norm=float(norm) if norm is not None else None,
         )
-        where = f"stage {state.stage}  epoch {state.stage_epoch + 1}/{settings.epochs}  step {state.epoch_step}"
-        seconds_left = None
-        if steps is not None:
-            where += f"/{steps}"
-            left = (settings.epochs - state.stage_epoch) * steps - state.epoch_step
-            seconds_left = left * window.seconds / max(window.steps, 1)
+        left: int | None = None
+        if settings.epochs is None:
+            assert settings.steps is not None
+            where, left = f"step {state.stage_step}/{settings.steps}", settings.steps - state.stage_step
+        else:
+            where = f"epoch {state.stage_epoch + 1}/{settings.epochs}  step {state.epoch_step}"
+            if steps is not None:
+                where += f"/{steps}"
+                left = (settings.epochs - state.stage_epoch) * steps - state.epoch_step
+        where = f"stage {state.stage}  {where}"
+        seconds_left = None if left is None else left * window.seconds / max(window.steps, 1)
         logger.info(progress_line(where, rates, seconds_left))
 
     def plan(self, state: TrainState, inputs: TrainingInputs, plan: EpochPlan) -> None:
@@ -78,7 +83,8 @@ class RunLog:
         )
 
     def stage_end(self, state: TrainState) -> None:
-        self._write("stage", state, **self.stages.get_stage_config(state.stage))
+        best = {"best_step": state.best_step, "best_score": state.best_score}
+        self._write("stage", state, **self.stages.get_stage_config(state.stage), **best)
 
     def anomaly(self, state: TrainState, **values: Any) -> None:
         """A step that was skipped, or a rollback."""

@@ -26,11 +26,14 @@ class StageSettings:
     """How one stage is trained."""
 
     stage: int
-    epochs: int  # at most; `advance_at` may end it earlier
+    epochs: int | None  # at most; `advance_at` may end it earlier; None: steps decide
     learning_rate: float
     warmup_steps: int  # optimizer steps
     uniform_prob: float  # share of samples drawn at a random stage
     advance_at: float | None  # validation full-string match that ends the stage
+    steps: int | None = None  # optimizer steps, at most; None: epochs decide
+    patience: int | None = None  # validations without a gain that end the stage
+    min_steps: int = 0  # optimizer steps before they do
 
 
 class StageManager:
@@ -45,6 +48,8 @@ class StageManager:
         learning_rate, warmup_steps, uniform_prob, advance_at: defaults of every stage.
         num_epochs: epochs of the whole run; those beyond stage K's are trained with all written steps removed.
         overrides: settings of single stages, by stage.
+        steps_per_stage: optimizer steps of each stage, in the place of epochs.
+        patience, min_steps: defaults of every stage: validations without a gain that end it, and its least steps.
         start_stage: the first stage that is trained.
         icot_tokens, icot_smoothing: of the method icot.
     """
@@ -66,6 +71,9 @@ class StageManager:
         start_stage: int = 0,
         icot_tokens: int = 8,
         icot_smoothing: float | None = 4.0,
+        steps_per_stage: int | None = None,
+        patience: int | None = None,
+        min_steps: int = 0,
     ) -> None:
         for name, value, least in (
             ("max_latent_stage", max_latent_stage, 0),
@@ -92,11 +100,15 @@ class StageManager:
         self.start_stage = start_stage
         self.icot_tokens = icot_tokens
         self.icot_smoothing = icot_smoothing
+        self.steps_per_stage = steps_per_stage
+        self.patience = patience
+        self.min_steps = min_steps
 
     @classmethod
     def from_config(cls, config: Any) -> StageManager:
         """The curriculum that a run configuration describes."""
-        names = ("epochs", "learning_rate", "warmup_steps", "uniform_prob", "advance_at")
+        names = ["epochs", "learning_rate", "warmup_steps", "uniform_prob", "advance_at", "steps", "patience"]
+        names += ["min_steps", "c_thought"]
         overrides = {
             stage: {name: config.stage_setting(stage, name) for name in names}
             for stage in range(config.max_latent_stage + 1)
@@ -116,6 +128,9 @@ class StageManager:
             start_stage=config.start_stage,
             icot_tokens=config.icot_tokens,
             icot_smoothing=config.icot_smoothing,
+            steps_per_stage=config.steps_per_stage,
+            patience=config.early_stopping_patience,
+            min_steps=config.early_stopping_min_steps,
         )
 
     @property
@@ -124,10 +139,9 @@ class StageManager:
         if not self.is_staged:
             return [0]
         trained = list(range(self.start_stage, self.max_latent_stage + 1))
-        if self.num_epochs is not None:
-            planned = sum(self.settings(stage).epochs for stage in trained)
-            if self.num_epochs > planned:
-                trained.append(self.max_latent_stage + 1)
+        planned = [self.settings(stage).epochs for stage in trained]
+        if self.num_epochs is not None and None not in planned and self.num_epochs > sum(e for e in planned if e):
+            trained.append(self.max_latent_stage + 1)
         return trained
 
     def get_current_stage(self, epoch: int) -> int:
@@ -140,33 +154,39 @@ class StageManager:
 
     def settings(self, stage: int) -> StageSettings:
         """Training settings of a stage: the run's defaults, then those of ``stages:`` in the configuration."""
-        epochs = self.epochs_per_stage
+        epochs: int | None = self.epochs_per_stage
         if not self.is_staged and self.num_epochs is not None:
             epochs = self.num_epochs
         elif stage > self.max_latent_stage and self.num_epochs is not None:
-            epochs = self.num_epochs - sum(
-                self.settings(s).epochs for s in range(self.start_stage, self.max_latent_stage + 1)
-            )
+            before = range(self.start_stage, self.max_latent_stage + 1)
+            epochs = self.num_epochs - sum(self.settings(s).epochs or 0 for s in before)
         values: dict[str, Any] = {
             "epochs": epochs,
             "learning_rate": self.learning_rate,
             "warmup_steps": self.warmup_steps,
             "uniform_prob": self.uniform_prob,
             "advance_at": self.advance_at,
+            "steps": self.steps_per_stage,
+            "patience": self.patience,
+            "min_steps": self.min_steps,
         }
         if self.is_staged:
             own = dict(self.overrides.get(min(stage, self.max_latent_stage), {}))
+            own.pop("c_thought", None)  # what a stage does to the text is its spec
             if stage > self.max_latent_stage:  # trained as stage K is, for the epochs that are left
                 own.pop("epochs", None)
             values |= own
+        if values["steps"] is not None:
+            values["epochs"] = None
         return StageSettings(stage=stage, **values)
 
     def spec(self, stage: int) -> StageSpec:
         """What a stage does to a sample's text."""
+        own = self.overrides.get(min(stage, self.max_latent_stage), {}) if self.is_staged else {}
         return stage_spec(
             stage,
             method=self.method,
-            c_thought=self.c_thought,
+            c_thought=own.get("c_thought", self.c_thought),
             max_latent_stage=self.max_latent_stage,
             pad_latent_to_max=self.pad_latent_to_max,
             icot_tokens=self.icot_tokens,
@@ -179,7 +199,7 @@ class StageManager:
             "stage": stage,
             "n_skip_steps": spec.n_skip_steps,
             "n_latents": spec.n_latents,
-            "c_thought": self.c_thought,
+            "c_thought": spec.c_thought,
             "learning_rate": settings.learning_rate,
             "epochs": settings.epochs,
         }

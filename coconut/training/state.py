@@ -31,10 +31,14 @@ class TrainState:
     tokens: int = 0
     flops: float = 0.0
     seconds: float = 0.0  # of training steps, validation and saving not counted
-    samples_per_step: int = 0  # fixed at the first start, as the data order hangs on it
-    slots: int = 0  # micro-batches of an optimizer step over all ranks, at the first start; balance=cost hangs on it
+    samples_per_step: int = 0  # of this stage; fixed, as the data order hangs on it
+    slots: int = 0  # micro-batches of an optimizer step over all ranks, in this stage; balance=cost hangs on it
     group: int = 0  # slots balanced against one another: the ranks of the first start
-    best_accuracy: float = -1.0  # of this stage's validations
+    validated_step: int = -1  # of the last validation
+    validation: dict[str, float] = field(default_factory=dict)  # what it said: loss, accuracy, full_match
+    best_score: float | None = None  # of this stage's validations, by validation_metric; higher is better
+    best_step: int = -1
+    gain_from: float | None = None  # the last score that was a gain; the next has to be better than this
     validations_without_gain: int = 0
     stage_done: bool = False  # the stage's target was met, or its epochs or patience are over
     skipped: int = 0  # steps of the whole run whose update was dropped; they count as done
@@ -43,13 +47,38 @@ class TrainState:
     recent_losses: list[float] = field(default_factory=list)  # of this stage's last steps; a spike is measured by them
 
     def next_stage(self) -> None:
-        """Begin the following stage."""
+        """Begin the following stage; an epoch that the one before ended in is not gone on with."""
         self.stage += 1
+        self.epoch += self.epoch_step > 0
         self.stage_epoch = self.stage_step = self.epoch_step = 0
-        self.best_accuracy = -1.0
+        self.samples_per_step = self.slots = 0
+        self.best_score = self.gain_from = None
+        self.best_step = -1
         self.validations_without_gain = 0
         self.stage_done = False
         self.recent_losses = []
+
+    def judge(self, metrics: dict[str, float], metric: str, min_delta: float) -> bool:
+        """Take note of a validation.
+
+        Args:
+            metrics: ``loss``, ``accuracy`` and ``full_match``.
+            metric: which of them counts.
+            min_delta: least change of it that is a gain; smaller ones in a row add up to one.
+
+        Returns:
+            whether the model is the best of its stage.
+        """
+        self.validated_step, self.validation = self.step, metrics
+        score = -metrics[metric] if metric == "loss" else metrics[metric]
+        is_best = self.best_score is None or score > self.best_score
+        if is_best:
+            self.best_score, self.best_step = score, self.step
+        if self.gain_from is None or score > self.gain_from + min_delta:
+            self.gain_from, self.validations_without_gain = score, 0
+        else:
+            self.validations_without_gain += 1
+        return is_best
 
     def count(self, plan: StepPlan, flops: float) -> None:
         """One more step is done, whether its update was applied or dropped."""

@@ -12,7 +12,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from coconut.config.deepspeed import batch_geometry
 from coconut.data.bad_samples import BadSample, bad_samples_of
 from coconut.data.collate import MultimodalCollator
 from coconut.data.encode import SampleEncoder
@@ -21,14 +20,16 @@ from coconut.evaluation.flops import training_flops
 from coconut.model import MultimodalCoconut
 from coconut.training.anomalies import judge_loss
 from coconut.training.bad_samples import BadSampleReport
+from coconut.training.batches import set_geometry, stage_geometry
 from coconut.training.checkpoint import CheckpointFolder, load_checkpoint
 from coconut.training.engine import build_engine, is_owned, reset_optimizer, set_learning_rate
-from coconut.training.export import export_model, exported_step, mark_stage_done
+from coconut.training.export import best_name, export_model, exported_step, mark_stage_done, settle_best
 from coconut.training.inputs import TrainingInputs
 from coconut.training.metrics import Totals
 from coconut.training.recovery import Recovery
 from coconut.training.resume import find_start, fixed_settings, last_stage, take_run
 from coconut.training.run_log import RunLog
+from coconut.training.schedule import is_at_bound, is_validation_due, reason_to_end
 from coconut.training.stages import StageManager
 from coconut.training.state import TrainState
 from coconut.training.step import NO_LABELS, StepPlan, agree, seed_step, take_step
@@ -83,8 +84,8 @@ class MultimodalCoTTrainer:
         self.bad_samples = BadSampleReport(self.run_dir, config.max_bad_fraction)
         self.recovery = Recovery(self.checkpoints, self.log, config)
         self.watchdog = Watchdog(config.hang_timeout_s, self.run_dir)
-        self.state = TrainState()
-        self.geometry = batch_geometry(config, get_world_size())
+        self.state = TrainState(stage=self.stages.stages[0])
+        self.geometry = stage_geometry(config, self.state.stage, self.state)
         self.stops = StopRequests(self.run_dir)
         self.stop_reason: str | None = None
         self.last_stage = last_stage(config.stop_after_stage, self.stages.stages)
@@ -99,40 +100,14 @@ class MultimodalCoTTrainer:
         self.bad_samples.load()
         if start is not None:
             self.state = start.state
-            self._keep_step()
+            self.geometry = stage_geometry(self.config, self.state.stage, self.state)
         engine = build_engine(self.model, self.config, self.run_dir, self.geometry)
         if start is not None:
             load_checkpoint(engine, start)
-        self.state.samples_per_step = self.geometry.samples
-        self.state.slots = self.state.slots or self.geometry.slots
         self.state.group = self.state.group or get_world_size()
         if is_main_process():
             self.config.save(self.run_dir / "config.yaml")
         return engine
-
-    def _keep_step(self) -> None:
-        """An optimizer step goes on as it was at the first start, since the data order hangs on it: the same samples,
-        and with balance=cost the same slots, over however many ranks."""
-        config, state = self.config, self.state
-        samples, at_first = state.samples_per_step, batch_geometry(config, state.group or get_world_size())
-        if config.balance == "cost" and state.slots not in (0, at_first.slots):
-            raise ConfigError(
-                f"the run was started with {state.slots} micro-batches an optimizer step over {state.group} rank(s), "
-                f"and the configuration asks for {at_first.slots} over as many; set batch_size_training, "
-                "gradient_accumulation_steps and global_batch_size back, or start anew with resume=none"
-            )
-        if samples != self.geometry.samples:
-            if config.global_batch_size is not None:
-                raise ConfigError(
-                    f"the run was started with {samples} samples an optimizer step, and global_batch_size asks for "
-                    f"{self.geometry.samples}; set global_batch_size={samples}, or start anew with resume=none"
-                )
-            logger.info("an optimizer step goes on to take %d samples, now over %d rank(s)", samples, get_world_size())
-            smaller = min(config.batch_size_training, samples)
-            config.update(global_batch_size=samples, gradient_accumulation_steps=1, batch_size_training=smaller)
-            self.geometry = batch_geometry(config, get_world_size())
-        if config.balance == "cost":
-            self.geometry = at_first.over(get_world_size())
 
     # -- the run --
 
@@ -151,7 +126,9 @@ class MultimodalCoTTrainer:
             logger.info("nothing is left to do in %s; choose another name, or resume=none to start again", self.run_dir)
             return
         logger.info("%d ranks, stages %s, %s", get_world_size(), self.stages.stages, type(engine.optimizer).__name__)
-        for stage in range(self.last_stage + 1):
+        for stage in self.stages.stages:
+            if stage > self.last_stage:
+                break
             if not self._is_done(stage) and not self._is_over():
                 self._train_stage(stage)
             if self._is_done(stage):
@@ -170,33 +147,38 @@ class MultimodalCoTTrainer:
         self._export("final")
 
     def _train_stage(self, stage: int) -> None:
-        state, settings = self.state, self.stages.settings(stage)
+        state = self.state
         if stage > state.stage:
             state.next_stage()
+        self._set_geometry()
         if state.stage_step == 0 and self.config.reset_optimizer:
             reset_optimizer(self.engine)
             state.steps_since_reset = 0
         self.model.stage_spec = self.stages.spec(stage)
-        metrics: dict[str, float] = {}
+        self._after_step(epoch_ended=False)  # a checkpoint written by a rollback comes before that
         while not state.stage_done and not self._is_over():
-            metrics = {}
             loader = self.inputs.train_loader(stage, state.epoch, state.epoch_step, self.geometry, state.group)
             self.log.plan(state, self.inputs, loader.plan)
             self.train_epoch(state.epoch, loader)
-            if state.epoch_step < len(loader.plan):  # max_steps or a stop fell inside the epoch
+            if state.epoch_step < len(loader.plan):  # max_steps, a stop or the stage's end fell inside the epoch
                 break
             state.stage_epoch, state.epoch, state.epoch_step = state.stage_epoch + 1, state.epoch + 1, 0
-            metrics = self._validate_stage(stage, settings.advance_at)
-            state.stage_done = state.stage_done or state.stage_epoch >= settings.epochs
-            is_due = state.stage_epoch % self.config.save_every_n_epochs == 0
-            if self.config.save_only_improve:
-                is_due = metrics.get("improved", 0.0) == 1.0
+            metrics = self._after_step(epoch_ended=True)
+            is_due = not self.config.save_only_improve and state.stage_epoch % self.config.save_every_n_epochs == 0
             if is_due and not state.stage_done:
                 self._save_if_possible(metrics)
         if state.stage_done:
             self.log.stage_end(state)
+            on_main_first(lambda: settle_best(self.run_dir, stage, state.best_step))
             self._export(f"stage_{stage}")
-        self.save_checkpoint(state.epoch, metrics)
+        self.save_checkpoint(state.epoch, self._metrics_now())
+
+    def _set_geometry(self) -> None:
+        """The step of the stage that begins, or goes on."""
+        state = self.state
+        self.geometry = stage_geometry(self.config, state.stage, state)
+        set_geometry(self.engine, self.geometry)
+        state.samples_per_step, state.slots = self.geometry.samples, state.slots or self.geometry.slots
 
     def _is_done(self, stage: int) -> bool:
         return stage < self.state.stage or (stage == self.state.stage and self.state.stage_done)
@@ -209,25 +191,33 @@ class MultimodalCoTTrainer:
         steps_spent = config.max_steps is not None and state.step >= config.max_steps
         return steps_spent or (config.num_epochs is not None and state.epoch >= config.num_epochs)
 
-    def _validate_stage(self, stage: int, advance_at: float | None) -> dict[str, float]:
-        """Validate when it is due, and decide whether the stage is over."""
-        state, config = self.state, self.config
-        if self.inputs.validation is None or state.stage_epoch % config.eval_every_n_epochs:
-            return {}
-        metrics = self.validate(self.inputs.evaluation_loader(self.inputs.validation, stage))
-        self.log.validation("val", self.state, metrics)
-        improved = metrics["accuracy"] > state.best_accuracy + config.early_stopping_min_delta
-        if improved:
-            state.best_accuracy, state.validations_without_gain = metrics["accuracy"], 0
-        else:
-            state.validations_without_gain += 1
-        patience = config.early_stopping_patience
-        if advance_at is not None and metrics["full_match"] >= advance_at:
-            state.stage_done = True
-        elif patience is not None and state.validations_without_gain >= patience:
-            logger.info("stage %d ends: no gain in %d validations", stage, patience)
-            state.stage_done = True
-        return {**metrics, "improved": float(improved)}
+    def _after_step(self, epoch_ended: bool) -> dict[str, float]:
+        """Validate where that is due, keep the best, and decide whether the stage is over.
+
+        Returns:
+            what was said of the weights as they are now; empty where nothing was.
+        """
+        state, config, settings = self.state, self.config, self.stages.settings(self.state.stage)
+        is_best = False
+        if self.inputs.validation is not None and is_validation_due(
+            state, settings, epoch_ended, config.eval_every_n_epochs, config.eval_every_n_steps
+        ):
+            metrics = self.validate(self.inputs.evaluation_loader(self.inputs.validation, state.stage))
+            self.log.validation("val", state, metrics)
+            is_best = state.judge(metrics, config.validation_metric, config.early_stopping_min_delta)
+            if is_best:
+                self._export(best_name(state.stage))
+            reason = reason_to_end(state, settings)
+            if reason is not None:
+                logger.info("stage %d ends: %s", state.stage, reason)
+                state.stage_done = True
+            if is_best and config.save_only_improve and not state.stage_done:
+                self._save_if_possible(metrics)
+        state.stage_done = state.stage_done or is_at_bound(state, settings, epoch_ended)
+        return self._metrics_now()
+
+    def _metrics_now(self) -> dict[str, float]:
+        return self.state.validation if self.state.validated_step == self.state.step else {}
 
     # -- one epoch --
 
@@ -255,9 +245,10 @@ class MultimodalCoTTrainer:
         whole, window = Totals(), Totals()
         position = self.state.epoch_step
         batches = (as_batch(item) for item in dataloader)
+        is_ours = steps is not None  # else somebody's own data: no place in a plan of ours, no stage's end
         save_every = self.config.save_every_n_steps
         begin = time.perf_counter()
-        while not self._is_over():
+        while not self._is_over() and not (is_ours and self.state.stage_done):
             self.watchdog.enter("loading a batch")
             asked = time.perf_counter()
             micro_batches = list(islice(batches, accumulation))
@@ -265,14 +256,17 @@ class MultimodalCoTTrainer:
             if not self._train_step(micro_batches, accumulation, whole, window):
                 break
             self.state.seconds += time.perf_counter() - begin
-            at_end = steps is not None and self.state.epoch_step == steps
+            settings = self.stages.settings(self.state.stage)
+            at_end = is_ours and (self.state.epoch_step == steps or is_at_bound(self.state, settings, False))
             if self.state.step % self.config.log_every_n_steps == 0 or at_end:
                 self.log.training(self.state, window, engine, steps)
                 window = Totals()
-            if save_every is not None and self.state.step % save_every == 0 and not at_end:
-                self._save_if_possible({})
+            metrics = self._after_step(epoch_ended=False) if is_ours else {}
+            is_due = save_every is not None and self.state.step % save_every == 0
+            if is_due and not at_end and not self.state.stage_done:
+                self._save_if_possible(metrics)
             begin = time.perf_counter()
-        if steps is None:  # somebody else's data: no place in a plan of ours
+        if not is_ours:
             self.state.epoch_step = position
         loss_sum = all_reduce_sum([whole.loss_sum])[0]
         return {
@@ -373,13 +367,15 @@ class MultimodalCoTTrainer:
 
         Args:
             epoch: epochs done, for the log.
-            metrics: what the newest validation said; its ``accuracy`` decides what the best checkpoint is.
+            metrics: what a validation of these weights said; its `validation_metric` decides which checkpoint is best.
 
         Raises:
             CheckpointError: the disk is full, or a rank cannot write; older checkpoints are untouched.
         """
         self.watchdog.enter("saving a checkpoint")
-        path = self.checkpoints.save(self.engine, self.state, metrics.get("accuracy"))
+        metric = self.config.validation_metric
+        score = -metrics[metric] if metric == "loss" and metric in metrics else metrics.get(metric)
+        path = self.checkpoints.save(self.engine, self.state, score)
         accuracy = f", accuracy {metrics['accuracy']:.1%}" if "accuracy" in metrics else ""
         logger.info("epoch %d: saved %s%s", epoch, path, accuracy)
 
@@ -392,6 +388,10 @@ class MultimodalCoTTrainer:
 
     def _export(self, name: str) -> None:
         self.watchdog.enter(f"exporting {name}")
-        self.model.metadata = {"config": self.config.to_dict(), "state": self.state.to_dict()}
+        self.model.metadata = {
+            "config": self.config.to_dict(),
+            "state": self.state.to_dict(),
+            "validation": self._metrics_now(),
+        }
         processors = [self.tokenizer] + ([self.image_processor] if self.image_processor is not None else [])
         export_model(self.engine, self.model, processors, self.run_dir / name)

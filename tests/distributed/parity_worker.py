@@ -1,8 +1,9 @@
 """Two ranks with unequal rows under ZeRO: gradients and updated weights equal one process that sees all rows.
 
 Arguments: ZeRO stage, number of situations, seed, and what is special, separated by commas: checkpointed; layers (the
-decoder is gathered layer by layer); frozen (the vision tower); offload; normed, projector, jacobi; or a fault to make
-(cut-thoughts, cut-cache). Prints one line a situation; ends with "all equal", or, with a fault, with "fault seen".
+decoder is gathered layer by layer); frozen (the vision tower); language (the decoder and its embeddings frozen); lora;
+offload; normed, projector, jacobi; or a fault to make (cut-thoughts, cut-cache). Prints one line a situation; ends with
+"all equal", or, with a fault, with "fault seen".
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
 from coconut.model import MultimodalCoconut, pass_cache
+from coconut.model.adapters import LoraSettings, choose_trained
 from coconut.model.feedback import ProjectorFeedback
 from coconut.training.engine import start_engine
 from coconut.utils.distributed import all_reduce_sum, get_rank, get_world_size, init_distributed_training
@@ -62,8 +64,12 @@ def build(special: set[str]) -> MultimodalCoconut:
         torch.nn.init.normal_(model.loop.feedback.down.weight, std=0.05)  # else its inner weights have no gradient
     if "jacobi" in special:
         model.set_latent_passes(2)
-    if "frozen" in special:
-        model.base_model.model.vision_tower.requires_grad_(False)
+    freeze = {"frozen": ["vision"], "language": ["language", "embeddings"]}
+    named = [part for name in freeze if name in special for part in freeze[name]]
+    choose_trained(model, named, LoraSettings(rank=4, alpha=8.0) if "lora" in special else None, seed=7)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)  # else A has no gradient
     return model
 
 

@@ -18,6 +18,10 @@ SITUATIONS = "200" if os.environ.get("COCONUT_FULL_TESTS") else "24"
     [
         ("3", "plain"),
         ("3", "checkpointed,frozen"),
+        ("3", "checkpointed,frozen,lora"),
+        ("3", "layers,checkpointed,frozen,lora"),
+        ("3", "checkpointed,language"),
+        ("2", "checkpointed,frozen,lora"),
         ("3", "layers,projector"),
         ("3", "layers,checkpointed,jacobi"),
         ("3", "projector,offload"),

@@ -134,6 +134,15 @@ def test_unknown_key_of_a_file_names_its_line(fails, folder, arguments):
     ("override", "said"),
     [
         ("c_thought=0", "c_thought = 0: must be at least 1"),
+        ("freeze=[vison]", "'vison': must be one of vision, projector, language, embeddings; did you mean vision?"),
+        ("freeze=vision", "freeze = 'vision': must be a list such as [one, two]"),
+        ("lora_rank=4 lora_target_modules=[q_prj]", "names q_prj, which no linear layer of Qwen2Model is called"),
+        ("lora_rank=4 lora_target_modules=[]", "lora_target_modules = []: must not be empty"),
+        ("lora_dropout=0.1", "lora_dropout = 0.1: without lora_rank there is no LoRA"),
+        (
+            "freeze=[vision,projector,language,embeddings]",
+            "so nothing is left to train; leave one out, or set lora_rank",
+        ),
         ("uniform_prob=1.5", "uniform_prob = 1.5: must be at most 1"),
         ("method=cott", "no_curriculum, no_thought; did you mean cot?"),
         ("start_stage=9", "start_stage is 9; it must be from 0 to max_latent_stage"),

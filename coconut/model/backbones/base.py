@@ -76,6 +76,12 @@ class Backbone:
             logits = cap * torch.tanh(logits / cap)
         return logits
 
+    @property
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        """What may be frozen, by name (docs/tuning.md): language is the decoder without its token embeddings."""
+        embeddings = _parameters(self.base_model.get_input_embeddings(), self.head)
+        return {"language": without(_parameters(self.decoder), embeddings), "embeddings": embeddings}
+
     def embed(self, input_ids: Tensor) -> Tensor:
         return self.base_model.get_input_embeddings()(input_ids)
 
@@ -92,6 +98,16 @@ class Backbone:
 
     def prepare_decoding(self, input_ids_BL: Tensor, attention_mask_BL: Tensor) -> None:
         """Called before transformers' own decoding goes on from a filled cache; nothing to do where positions count."""
+
+
+def _parameters(*modules: nn.Module) -> list[nn.Parameter]:
+    return list({id(p): p for module in modules for p in module.parameters()}.values())
+
+
+def without(parameters: list[nn.Parameter], others: list[nn.Parameter]) -> list[nn.Parameter]:
+    """The parameters that are none of the others."""
+    known = {id(parameter) for parameter in others}
+    return [parameter for parameter in parameters if id(parameter) not in known]
 
 
 def normalise_pixels(pixels_PCHW: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype) -> Tensor:

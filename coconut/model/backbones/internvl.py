@@ -30,5 +30,11 @@ class InternVLBackbone(Backbone):
     def vision_layers(self) -> nn.ModuleList:
         return self.base_model.model.vision_tower.encoder.layer
 
+    @property
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        inner = self.base_model.model
+        images = {"vision": inner.vision_tower, "projector": inner.multi_modal_projector}
+        return {name: list(module.parameters()) for name, module in images.items()} | super().parts
+
     def encode_images(self, pixels_PCHW: Tensor) -> Tensor:
         return self.base_model.model.get_image_features(pixel_values=pixels_PCHW, return_dict=True).pooler_output

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Qwen2_5_VLForConditionalGeneration
 
-from coconut.model.backbones.base import Backbone
+from coconut.model.backbones.base import Backbone, without
 
 #: Side of a tile in pixels: a multiple of patch x merge (28) that keeps InternVL's 256 tokens a tile.
 TILE_SIZE = 448
@@ -43,6 +43,13 @@ class Qwen25VLBackbone(Backbone):
     @property
     def vision_layers(self) -> nn.ModuleList:
         return self.base_model.model.visual.blocks
+
+    @property
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        """The projector is the merger, which transformers keeps inside the vision tower."""
+        projector = list(self.base_model.model.visual.merger.parameters())
+        vision = without(list(self.base_model.model.visual.parameters()), projector)
+        return {"vision": vision, "projector": projector, **super().parts}
 
     def encode_images(self, pixels_PCHW: Tensor) -> Tensor:
         """Each still image is `frames` equal frames; patches are ordered merge block by merge block."""
