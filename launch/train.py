@@ -7,6 +7,7 @@
 On a machine without GPUs `deepspeed --num_gpus 2` starts two ranks. Results go to RUN = save_path/name: metrics.jsonl,
 log.txt, checkpoints/, and RUN/stage_K/ and RUN/final/, which plain transformers loads. `touch RUN/stop` stops a run at
 its next step, with a checkpoint; the same command goes on where a run was stopped or died (docs/checkpoints.md).
+--dry-run does everything but the steps, says what they would be, and writes nothing but RUN/log.txt.
 Exit codes: 0 done or stopped; 2 an error that a restart does not mend; 75 a rank hung; others: start again.
 """
 
@@ -16,13 +17,16 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that the script runs from a clone that is not installed
 
 from coconut.config import Config, load_config, validate_config
 from coconut.types import CoconutError, ConfigError
+
+if TYPE_CHECKING:
+    from coconut.training import MultimodalCoTTrainer
 
 DEMO_DATA = Path("data/arrow_maze")
 
@@ -33,6 +37,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--config", default="args/demo.yaml", help="run configuration (default: %(default)s, the arrow maze)")
     # deepspeed.add_config_arguments would make this a flag without a value.
     add("--deepspeed", metavar="FILE", help="DeepSpeed configuration, such as ds_configs/zero3.json")
+    add(
+        "--dry-run",
+        action="store_true",
+        help="all but the steps: data, model, engine, plan; then say what they would be",
+    )
     add("overrides", nargs="*", metavar="key=value", help="configuration keys, nested ones as stages.1.epochs=3")
     # The deepspeed launcher adds this to the command line of every rank; the environment says the same.
     add("--local_rank", type=int, help=argparse.SUPPRESS)
@@ -49,14 +58,20 @@ def main(argv: list[str] | None = None) -> int:
         if not Path(arguments.config).exists() and (ROOT / arguments.config).exists():
             raise ConfigError(f"{arguments.config} is not in this folder; start from the project's: cd {ROOT}")
         config = load_config(arguments.config, validate=False, overrides=overrides)
-        make_demo_data(config)
+        if not arguments.dry_run:
+            make_demo_data(config)
         validate_config(config)
+        if config.only_eval and arguments.dry_run:
+            raise ConfigError("--dry-run is for training; only_eval = true trains nothing: leave one of them out")
         if config.only_eval:
             evaluate_only(config)
             return 0
         if is_done(config):
             if is_first:
                 print(f"stage {config.stop_after_stage} of {config.run_dir} is done; there is nothing to do")
+            return 0
+        if arguments.dry_run:
+            dry_run(config)
             return 0
         tokenizer, processor = check(config)
     except CoconutError as error:  # the same on every rank: said once
@@ -98,8 +113,23 @@ def is_done(config: Config) -> bool:
     return config.resume == "auto" and stage not in (None, last) and is_stage_done(config.run_dir, stage)
 
 
-def check(config: Config) -> tuple[Any, Any]:
+def dry_run(config: Config) -> None:
+    """Everything that `main` does for a training run, but the steps."""
+    from coconut.training.dry_run import dry_run, scratch_cache
+    from coconut.utils.distributed import init_distributed_training, shutdown_distributed
+
+    config.update(use_wandb=False)
+    init_distributed_training(force=True)
+    with scratch_cache(config):
+        dry_run(build_trainer(config, *check(config, is_dry=True), is_dry=True))
+    shutdown_distributed()
+
+
+def check(config: Config, *, is_dry: bool = False) -> tuple[Any, Any]:
     """Join the other ranks, and check all that can be checked before a weight is loaded.
+
+    Args:
+        is_dry: change nothing in the run folder.
 
     Returns:
         tokenizer and image processor.
@@ -120,7 +150,8 @@ def check(config: Config) -> tuple[Any, Any]:
         torch.set_num_threads(config.num_threads)
     disable_progress_bar()  # transformers' own, at each loading and saving, from every rank
     init_distributed_training(force=True)
-    on_main_first(lambda: take_run(config.run_dir))
+    if not is_dry:
+        on_main_first(lambda: take_run(config.run_dir))
     setup_logging(config)
     for path in config.auxiliary_losses:
         load_auxiliary_loss(path)
@@ -133,14 +164,20 @@ def check(config: Config) -> tuple[Any, Any]:
 
 def train(config: Config, tokenizer: Any, processor: Any) -> None:
     """Load the model and train it."""
-    from coconut.model import MultimodalCoconut
-    from coconut.training import MultimodalCoTTrainer
     from coconut.utils.distributed import shutdown_distributed
 
-    model = MultimodalCoconut.from_pretrained(config.load_model_path or config.model_id, config)
-    trainer = MultimodalCoTTrainer(model, tokenizer, processor if model.tokens_per_patch else None, config)
-    trainer.train()
+    build_trainer(config, tokenizer, processor).train()
     shutdown_distributed()
+
+
+def build_trainer(config: Config, tokenizer: Any, processor: Any, *, is_dry: bool = False) -> MultimodalCoTTrainer:
+    """Load the model and open the data."""
+    from coconut.model import MultimodalCoconut
+    from coconut.training import MultimodalCoTTrainer
+
+    model = MultimodalCoconut.from_pretrained(config.load_model_path or config.model_id, config)
+    processor = processor if model.tokens_per_patch else None
+    return MultimodalCoTTrainer(model, tokenizer, processor, config, is_dry=is_dry)
 
 
 def load_inputs(config: Config) -> tuple[Any, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, with_config
@@ -26,10 +27,31 @@ def _not_python_none(value: Any) -> Any:
     return value
 
 
+@dataclass(frozen=True)
+class Unit:
+    """What a number counts or measures; documentation shows it."""
+
+    name: str
+
+
 Int = Annotated[int, BeforeValidator(_not_bool)]
 Float = Annotated[float, BeforeValidator(_not_bool)]
 Text = Annotated[str, BeforeValidator(_not_python_none)]
 DataPath = Annotated[str | dict[str, float], BeforeValidator(check_data_path)]
+
+# Numbers with a unit; those without one are `Int` and `Float`.
+Steps = Annotated[Int, Unit("optimizer steps")]
+Thoughts = Annotated[Int, Unit("thoughts")]
+MicroBatches = Annotated[Int, Unit("micro-batches")]
+Validations = Annotated[Int, Unit("validations")]
+Epochs = Annotated[Int, Unit("epochs")]
+Samples = Annotated[Int, Unit("samples")]
+Tokens = Annotated[Int, Unit("tokens")]
+Pixels = Annotated[Int, Unit("pixels")]
+Seconds = Annotated[Float, Unit("seconds")]
+Fraction = Annotated[Float, Unit("fraction")]
+Probability = Annotated[Float, Unit("probability")]
+StageNumber = Annotated[Int, Unit("stage")]
 
 
 @with_config(_STRICT)
@@ -37,18 +59,23 @@ class StageSettings(TypedDict, total=False):
     """What one stage does differently; a key that is left out follows the run's key of the same meaning."""
 
     learning_rate: Annotated[Float, Field(gt=0, le=1, description="peak learning rate of this stage")]
-    epochs: Annotated[Int, Field(ge=1, description="epochs of this stage, at most")]
-    uniform_prob: Annotated[Float, Field(ge=0, le=1, description="stage mixing in this stage")]
-    warmup_steps: Annotated[Int, Field(ge=0, description="warm-up of this stage, in optimizer steps")]
-    advance_at: Annotated[Float | None, Field(gt=0, le=1, description="matching fraction that ends this stage")]
+    epochs: Annotated[Epochs, Field(ge=1, description="epochs of this stage, at most")]
+    uniform_prob: Annotated[Probability, Field(ge=0, le=1, description="stage mixing in this stage")]
+    warmup_steps: Annotated[Steps, Field(ge=0, description="warm-up of this stage, in optimizer steps")]
+    advance_at: Annotated[Fraction | None, Field(gt=0, le=1, description="matching fraction that ends this stage")]
     train_data_path: Annotated[DataPath, Field(description="training data of this stage: a path, or path: weight")]
-    steps: Annotated[Int | None, Field(ge=1, description="optimizer steps of this stage, in the place of epochs")]
-    patience: Annotated[Int | None, Field(ge=1, description="validations without a gain that end this stage")]
-    min_steps: Annotated[Int, Field(ge=0, description="optimizer steps of this stage before patience may end it")]
-    c_thought: Annotated[Int, Field(ge=1, le=64, description="latent thoughts a written step in this stage")]
-    batch_size_training: Annotated[Int, Field(ge=1, description="samples in a micro-batch of this stage")]
-    gradient_accumulation_steps: Annotated[Int, Field(ge=1, description="micro-batches of a rank in a step here")]
-    global_batch_size: Annotated[Int | None, Field(ge=1, description="samples in an optimizer step of this stage")]
+    steps: Annotated[Steps | None, Field(ge=1, description="optimizer steps of this stage, in the place of epochs")]
+    patience: Annotated[
+        Validations | None,
+        Field(ge=1, description="validations without a gain that end this stage"),
+    ]
+    min_steps: Annotated[Steps, Field(ge=0, description="optimizer steps of this stage before patience may end it")]
+    c_thought: Annotated[Thoughts, Field(ge=1, le=64, description="latent thoughts a written step in this stage")]
+    batch_size_training: Annotated[Samples, Field(ge=1, description="samples in a micro-batch of this stage")]
+    gradient_accumulation_steps: Annotated[
+        MicroBatches, Field(ge=1, description="micro-batches of a rank in a step here")
+    ]
+    global_batch_size: Annotated[Samples | None, Field(ge=1, description="samples in an optimizer step of this stage")]
 
 
 class Schema(BaseModel):
@@ -65,7 +92,7 @@ class Schema(BaseModel):
         False, description="small run for debugging: log_level DEBUG, 32 training and 16 validation samples, unless set"
     )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="least level that is logged")
-    log_every_n_steps: Int = Field(10, ge=1, description="optimizer steps between two rows of training metrics")
+    log_every_n_steps: Steps = Field(10, ge=1, description="optimizer steps between two rows of training metrics")
     use_wandb: bool = Field(False, description="also send metrics to wandb (WANDB_MODE=offline works)")
     wandb_project: Text | None = Field(None, description="wandb project; null = project")
 
@@ -92,7 +119,9 @@ class Schema(BaseModel):
         description="sequential: thoughts one after the other (the paper); jacobi: all of a span together, "
         "jacobi_iterations times",
     )
-    jacobi_iterations: Int = Field(3, ge=1, le=1000, description="passes over the thoughts with latent_passes jacobi")
+    jacobi_iterations: Annotated[Int, Unit("passes")] = Field(
+        3, ge=1, le=1000, description="passes over the thoughts with latent_passes jacobi"
+    )
     auxiliary_losses: dict[Text, Float] = Field(
         default_factory=dict,
         description='losses on the thoughts, "package.module:name" -> weight (see coconut/model/auxiliary.py)',
@@ -136,11 +165,11 @@ class Schema(BaseModel):
         description="coconut: stages of latent thoughts; cot: written steps only; no_cot: the answer at once; icot: "
         "stages that drop the steps' leading tokens; the others are ablations (docs/methods.md)",
     )
-    icot_tokens: Int = Field(8, ge=1, description="tokens of the written steps that each stage of icot drops")
+    icot_tokens: Tokens = Field(8, ge=1, description="tokens of the written steps that each stage of icot drops")
     icot_smoothing: Float | None = Field(
         4.0, gt=0, description="icot drops o tokens more with probability ~ exp(-icot_smoothing * o); null = never"
     )
-    start_stage: Int = Field(
+    start_stage: StageNumber = Field(
         0, ge=0, description="first stage that is trained; 1 where load_model_path holds a model that writes its steps"
     )
     c_thought: Int = Field(2, ge=1, le=64, description="latent thoughts that replace one written step")
@@ -152,11 +181,13 @@ class Schema(BaseModel):
     num_epochs: Int | None = Field(
         40, ge=1, description="epochs of the whole run, at most; the last stage takes what is left; null = no limit"
     )
-    uniform_prob: Float = Field(0.1, ge=0, le=1, description="probability that a sample is shown at a random stage")
+    uniform_prob: Probability = Field(
+        0.1, ge=0, le=1, description="probability that a sample is shown at a random stage"
+    )
     pad_latent_to_max: bool = Field(
         False, description="give samples with fewer steps than the stage the full number of thoughts too"
     )
-    advance_at: Float | None = Field(
+    advance_at: Fraction | None = Field(
         None,
         gt=0,
         le=1,
@@ -172,20 +203,22 @@ class Schema(BaseModel):
     # -- optimization --
     learning_rate: Float = Field(1e-5, gt=0, le=1, description="peak learning rate of AdamW")
     weight_decay: Float = Field(0.01, ge=0, le=1, description="decoupled weight decay of AdamW")
-    warmup_steps: Int = Field(
+    warmup_steps: Steps = Field(
         1000, ge=0, description="linear warm-up, in optimizer steps; once more after each optimizer reset"
     )
     max_grad_norm: Float = Field(1.0, ge=0, description="gradient norm to clip to; 0 = do not clip")
     reset_optimizer: bool = Field(True, description="start each stage with a fresh optimizer")
-    batch_size_training: Int = Field(8, ge=1, description="samples in a micro-batch of one rank")
-    gradient_accumulation_steps: Int = Field(1, ge=1, description="micro-batches of one rank in an optimizer step")
-    global_batch_size: Int | None = Field(
+    batch_size_training: Samples = Field(8, ge=1, description="samples in a micro-batch of one rank")
+    gradient_accumulation_steps: MicroBatches = Field(
+        1, ge=1, description="micro-batches of one rank in an optimizer step"
+    )
+    global_batch_size: Samples | None = Field(
         None,
         ge=1,
         description="samples in an optimizer step over all ranks; "
         "null = batch_size_training x gradient_accumulation_steps x ranks",
     )
-    samples_per_epoch: Int | None = Field(
+    samples_per_epoch: Samples | None = Field(
         None, ge=1, description="samples that count as an epoch; null = as many as the training sets hold together"
     )
     balance: Literal["none", "count", "cost"] = Field(
@@ -200,23 +233,25 @@ class Schema(BaseModel):
     cost_per_latent_pass: Float = Field(
         0.0, ge=0, description="what a latent pass costs for one sample, in tokens (launch/calibrate.py measures it)"
     )
-    max_steps: Int | None = Field(None, ge=1, description="optimizer steps after which the run ends; null = no limit")
-    stop_after_stage: Int | None = Field(
+    max_steps: Steps | None = Field(None, ge=1, description="optimizer steps after which the run ends; null = no limit")
+    stop_after_stage: StageNumber | None = Field(
         None, ge=0, description="stage after which the run ends, without scoring the test data; null = after the last"
     )
 
     # -- anomalies --
-    loss_spike_sigma: Float | None = Field(
+    loss_spike_sigma: Annotated[Float, Unit("standard deviations")] | None = Field(
         10.0,
         gt=0,
         description="skip a step whose loss is so many standard deviations (and 1 nat) above its stage's last 64; "
         "null = skip only where loss or gradient is not finite",
     )
-    max_skipped_steps: Int = Field(
+    max_skipped_steps: Steps = Field(
         3, ge=1, description="skipped steps in a row after which weights and optimizer go back to the last checkpoint"
     )
-    max_rollbacks: Int = Field(2, ge=0, description="times that a run goes back before it stops with an error")
-    hang_timeout_s: Float | None = Field(
+    max_rollbacks: Annotated[Int, Unit("times")] = Field(
+        2, ge=0, description="times that a run goes back before it stops with an error"
+    )
+    hang_timeout_s: Seconds | None = Field(
         1800.0,
         gt=0,
         description="seconds without progress (a batch, a step, a save) after which a rank says where it hangs and "
@@ -232,35 +267,41 @@ class Schema(BaseModel):
     val_data_path: Text | None = Field(None, description="validation data; null = no validation")
     test_data_path: Text | None = Field(None, description="test data, scored once at the end or by only_eval")
     image_root: Text | None = Field(None, description="folder that relative image paths of JSON data start from")
-    max_train_samples: Int | None = Field(
+    max_train_samples: Samples | None = Field(
         None, ge=1, description="use only the first so many samples of each training set"
     )
-    max_val_samples: Int | None = Field(None, ge=1, description="use only the first so many validation samples")
-    num_workers: Int = Field(4, ge=0, le=256, description="data loader processes of a rank; 0 = load in the rank")
+    max_val_samples: Samples | None = Field(None, ge=1, description="use only the first so many validation samples")
+    num_workers: Annotated[Int, Unit("processes")] = Field(
+        4, ge=0, le=256, description="data loader processes of a rank; 0 = load in the rank"
+    )
     shard_cache: Text | None = Field(
         None, description="folder for JSON data made into shards and for shards of URLs; null = save_path/.shards"
     )
     allow_pipe_urls: bool = Field(
         False, description="allow 'pipe:COMMAND {name}' in place of a URL; it runs the command in a shell, per file"
     )
-    max_bad_fraction: Float = Field(
+    max_bad_fraction: Fraction = Field(
         0.02,
         ge=0,
         le=1,
         description="share of samples that could not be used (bad_samples.jsonl names them) past which the run stops; "
         "of those seen so far, at least 1000",
     )
-    image_size: Int = Field(448, ge=28, le=4096, description="side of an image tile, in pixels")
-    max_num_patches: Int = Field(12, ge=1, le=128, description="tiles an image is cut into, at most (no thumbnail)")
+    image_size: Pixels = Field(448, ge=28, le=4096, description="side of an image tile, in pixels")
+    max_num_patches: Annotated[Int, Unit("tiles")] = Field(
+        12, ge=1, le=128, description="tiles an image is cut into, at most (no thumbnail)"
+    )
     use_thumbnail: bool = Field(True, description="add the whole image as one more tile where it was cut")
     dynamic_preprocess: bool = Field(True, description="cut images by their aspect ratio; false = one tile each")
     prompt_format: Literal["auto", "plain", "chat"] = Field(
         "auto", description="chat: the tokenizer's chat template; plain: a line break; auto: chat where there is one"
     )
-    max_length: Int | None = Field(
+    max_length: Tokens | None = Field(
         None, ge=8, description="longest sample in tokens, images included; a longer one is left out; null = no limit"
     )
-    pad_to_multiple_of: Int = Field(1, ge=1, le=4096, description="pad batches to a multiple of so many columns")
+    pad_to_multiple_of: Annotated[Int, Unit("columns")] = Field(
+        1, ge=1, le=4096, description="pad batches to a multiple of so many columns"
+    )
 
     # -- evaluation --
     only_eval: bool = Field(False, description="do not train: score load_model_path or model_id on test_data_path")
@@ -279,18 +320,22 @@ class Schema(BaseModel):
     resume: Text = Field(
         "auto", description="auto: go on from the run folder's newest checkpoint; none: start anew; or a path"
     )
-    save_every_n_epochs: Int = Field(5, ge=1, description="epochs between two checkpoints; a stage's end is always one")
-    save_every_n_steps: Int | None = Field(
+    save_every_n_epochs: Epochs = Field(
+        5, ge=1, description="epochs between two checkpoints; a stage's end is always one"
+    )
+    save_every_n_steps: Steps | None = Field(
         None, ge=1, description="also save each time so many optimizer steps are done; null = at epochs' ends only"
     )
     save_only_improve: bool = Field(
         False, description="inside a stage, save after each validation that got better, and only then"
     )
-    max_checkpoints: Int = Field(5, ge=1, description="checkpoints kept; the oldest goes first")
-    early_stopping_patience: Int | None = Field(
+    max_checkpoints: Annotated[Int, Unit("checkpoints")] = Field(
+        5, ge=1, description="checkpoints kept; the oldest goes first"
+    )
+    early_stopping_patience: Validations | None = Field(
         None, ge=1, description="validations without a gain (a plateau) that end a stage; null = off"
     )
-    early_stopping_min_steps: Int = Field(
+    early_stopping_min_steps: Steps = Field(
         0, ge=0, description="optimizer steps of a stage before early_stopping_patience may end it"
     )
     early_stopping_min_delta: Float = Field(0.0, ge=0, description="least change of validation_metric that is a gain")
@@ -299,7 +344,9 @@ class Schema(BaseModel):
     deepspeed: Text | None = Field(
         None, description="DeepSpeed JSON file (ds_configs/); null = ZeRO stage 0, everything whole on every rank"
     )
-    num_threads: Int | None = Field(None, ge=1, description="CPU threads of a rank; null = as the launcher set them")
+    num_threads: Annotated[Int, Unit("threads")] | None = Field(
+        None, ge=1, description="CPU threads of a rank; null = as the launcher set them"
+    )
 
     @field_validator("log_level", mode="before")
     @classmethod

@@ -80,9 +80,15 @@ def load_outline(model_id: str | Path, tokenizer: Any) -> Backbone:
         ConfigError: no such folder, or a model family that is not supported.
     """
     hf_config, _, _ = _read_config(model_id, tokenizer)
-    adapter = backbone_class(hf_config.model_type)
+    return backbone_class(hf_config.model_type)(build_outline(hf_config))
+
+
+def build_outline(hf_config: Any, attn_implementation: str = "sdpa") -> PreTrainedModel:
+    """The transformers model of a configuration on torch's meta device: shapes without values."""
+    auto_class = backbone_class(hf_config.model_type).auto_class
+    build = getattr(auto_class, "_from_config", None) or auto_class.from_config  # of a class, of an Auto class
     with torch.device("meta"):
-        return adapter(adapter.auto_class._from_config(hf_config))
+        return build(hf_config, attn_implementation=attn_implementation)
 
 
 def _read_config(model_id: str | Path, tokenizer: Any) -> tuple[Any, dict[str, Any], int | None]:

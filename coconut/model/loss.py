@@ -45,9 +45,12 @@ def label_loss(head: Callable[[Tensor], Tensor], hidden_BLH: Tensor, labels_BL: 
             more than one, logits are recomputed in the backward instead of kept.
     """
     selected_BM = label_positions(labels_BL)
-    hidden_NH = hidden_BLH[:, :-1][selected_BM]
-    targets_N = labels_BL[:, 1:][selected_BM]
-    total = hidden_BLH.new_zeros((), dtype=torch.float64 if hidden_BLH.dtype == torch.float64 else torch.float32)
+    return chunked_loss(head, hidden_BLH[:, :-1][selected_BM], labels_BL[:, 1:][selected_BM], chunks)
+
+
+def chunked_loss(head: Callable[[Tensor], Tensor], hidden_NH: Tensor, targets_N: Tensor, chunks: int) -> Tensor:
+    """`label_loss` of hidden states and labels that are picked already."""
+    total = hidden_NH.new_zeros((), dtype=torch.float64 if hidden_NH.dtype == torch.float64 else torch.float32)
     for chunk in range(chunks):
         part = slice(chunk * CHUNK_TOKENS, (chunk + 1) * CHUNK_TOKENS)
         hidden, targets = hidden_NH[part], targets_N[part]

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from coconut.model.pass_cache import CACHE_ARGUMENT, PassCache
-from coconut.model.spans import Segment, update_window
+from coconut.model.spans import Segment
 
 #: Replaces a thought before it is fed back: (thought [B, 1, H], index of the latent column) -> [B, 1, H].
 ThoughtTransform = Callable[[Tensor, int], Tensor]
@@ -104,9 +104,8 @@ def run_passes(
             latents_BnH = torch.where(is_latent_Bn1[:, :1], fed_back(before_B1H), embeds_BqH[:, :1])
             if n > 1:  # the first guess of all but the first is the latent token's own embedding
                 latents_BnH = torch.cat([latents_BnH, embeds_BqH[:, 1:n]], dim=1)
-            if segment.calls > 1:
-                window = update_window(is_latent_Bn1[..., 0], segment.iterations)
-                first_Bn, last_Bn = (updates_Bn.to(latents_BnH.device) for updates_Bn in window)
+            if segment.window is not None:
+                first_Bn, last_Bn = (updates_Bn.to(latents_BnH.device) for updates_Bn in segment.window)
             for update in range(1, segment.calls):
                 out = call(latents_BnH, segment.start, index, keep=False)
                 next_BnH = fed_back(torch.cat([before_B1H, out.last_hidden_state[:, :-1]], dim=1))

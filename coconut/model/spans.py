@@ -24,7 +24,7 @@ from torch import Tensor
 from coconut.types import DataError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Segment:
     """Columns [start, end) that the decoder sees in one pass; the first `n_latents` of them are latent columns."""
 
@@ -32,7 +32,7 @@ class Segment:
     end: int
     n_latents: int = 0
     calls: int = 1  # of the decoder: all but the last see the latent columns only
-    iterations: int = 1  # of each span of latents that is computed together
+    window: tuple[Tensor, Tensor] | None = None  # of `update_window`, where latents are computed together
 
 
 def check_shapes(input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None) -> None:
@@ -104,16 +104,23 @@ def update_window(is_latent_Bn: Tensor, iterations: int) -> tuple[Tensor, Tensor
     return first_Bn, last_Bn
 
 
-def _calls_of_block(start: int, width: int, is_latent_BL: Tensor, iterations: int | None) -> int:
+def _windows(
+    blocks: list[tuple[int, int]], is_latent_BL: Tensor, iterations: int | None
+) -> dict[int, tuple[Tensor, Tensor] | None]:
+    """Update window of each block, by its first column; None where nothing is updated."""
     if iterations is None:
-        return 1
-    return 1 + int(update_window(is_latent_BL[:, start : start + width], iterations)[1].max())
+        return {start: None for start, _ in blocks}
+    return {start: update_window(is_latent_BL[:, start : start + width], iterations) for start, width in blocks}
+
+
+def _calls(window: tuple[Tensor, Tensor] | None) -> int:
+    return 1 if window is None else 1 + int(window[1].max())
 
 
 def count_calls(columns: list[int], is_latent_BL: Tensor, iterations: int | None) -> int:
     """Calls of the decoder that latents in these columns take; see `cut_into_passes`."""
     blocks = latent_blocks(columns, iterations is not None)
-    return 1 + sum(_calls_of_block(*block, is_latent_BL, iterations) for block in blocks)
+    return 1 + sum(map(_calls, _windows(blocks, is_latent_BL, iterations).values()))
 
 
 def cut_into_passes(
@@ -132,8 +139,8 @@ def cut_into_passes(
     """
     length = is_latent_BL.shape[1]
     blocks = latent_blocks(columns, iterations is not None)
-    calls_at = {start: _calls_of_block(start, width, is_latent_BL, iterations) for start, width in blocks}
-    surplus = 0 if n_calls is None else n_calls - 1 - sum(calls_at.values())
+    windows = _windows(blocks, is_latent_BL, iterations)
+    surplus = 0 if n_calls is None else n_calls - 1 - sum(map(_calls, windows.values()))
     assert surplus >= 0, (columns, n_calls, iterations)
     width_at = dict(blocks)
     inside = {start + i for start, width in blocks for i in range(1, width)}
@@ -146,6 +153,6 @@ def cut_into_passes(
             surplus -= 1
         column += 1
     return [
-        Segment(start, end, width_at.get(start, 0), calls_at.get(start, 1), iterations or 1)
+        Segment(start, end, width_at.get(start, 0), _calls(windows.get(start)), windows.get(start))
         for start, end in pairwise([0, *sorted(starts), length])
     ]

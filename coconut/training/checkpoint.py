@@ -134,15 +134,18 @@ class CheckpointFolder:
         """Complete checkpoints, oldest first; their files are not checked."""
         return sorted(path.parent for path in self.folder.glob(f"step-*/{MANIFEST_FILE}"))
 
-    def newest_valid(self) -> Path | None:
+    def newest_valid(self, look_only: bool = False) -> Path | None:
         """The newest checkpoint whose files are what their writers wrote; every rank must call it.
 
         Says why it passed over others. None where there are no checkpoints at all.
 
+        Args:
+            look_only: leave unfinished ones where they are.
+
         Raises:
             CheckpointError: there are some, and all are damaged.
         """
-        names = on_main_first(self._candidates)
+        names = on_main_first(lambda: self._candidates(look_only))
         for name in names:
             fault = fault_of(self.folder / name)
             if fault is None:
@@ -155,10 +158,12 @@ class CheckpointFolder:
             )
         return None
 
-    def _candidates(self) -> list[str]:
+    def _candidates(self, look_only: bool) -> list[str]:
         for left_over in self.folder.glob(".step-*.partial"):
-            logger.warning("passing over %s: its writer died before it was complete; removed", left_over)
-            shutil.rmtree(left_over, ignore_errors=True)
+            done = "a run would remove it" if look_only else "removed"
+            logger.warning("passing over %s: its writer died before it was complete; %s", left_over, done)
+            if not look_only:
+                shutil.rmtree(left_over, ignore_errors=True)
         return sorted((path.name for path in self.folder.glob("step-*")), reverse=True)
 
 

@@ -18,13 +18,15 @@ from coconut.utils.logging import get_logger
 logger = get_logger(__name__)
 
 
-def build_engine(model: MultimodalCoconut, config: Any, run_dir: Path, geometry: BatchGeometry | None = None) -> Any:
+def build_engine(
+    model: MultimodalCoconut, config: Any, run_dir: Path | None, geometry: BatchGeometry | None = None
+) -> Any:
     """Hand `model` to a DeepSpeed engine, which owns optimizer, gradients and precision from then on.
 
     Args:
         model: its weights may already be partitioned (ZeRO-3).
         config: the run configuration.
-        run_dir: the resolved DeepSpeed configuration is written to ``ds_config.json`` there.
+        run_dir: the resolved DeepSpeed configuration is written to ``ds_config.json`` there; None: nowhere.
         geometry: of a resumed run's steps; None: as the configuration says.
 
     Raises:
@@ -33,7 +35,7 @@ def build_engine(model: MultimodalCoconut, config: Any, run_dir: Path, geometry:
     init_distributed_training(force=True)
     world = get_world_size()
     resolved = resolve_ds_config(config, world_size=world, hidden_size=model.hidden_size, geometry=geometry)
-    if is_main_process():
+    if is_main_process() and run_dir is not None:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "ds_config.json").write_text(json.dumps(resolved, indent=2) + "\n")
     if config.gradient_checkpointing:

@@ -32,7 +32,7 @@ def fixed_settings(config: Any) -> dict[str, Any]:
     costs = {name: getattr(config, name) or None for name in ("cost_per_patch", "cost_per_latent_pass")}
     own = {str(stage): table["train_data_path"] for stage, table in config.stages.items() if "train_data_path" in table}
     stages = range(config.max_latent_stage + 1)
-    of_stages = {"stages.c_thought": [config.stage_setting(stage, "c_thought") for stage in stages]}
+    of_stages: dict[str, Any] = {"stages.c_thought": [config.stage_setting(stage, "c_thought") for stage in stages]}
     return (
         {name: getattr(config, name) for name in FIXED_SETTINGS}
         | of_stages
@@ -62,18 +62,24 @@ def last_stage(stop_after_stage: int | None, stages: list[int]) -> int:
     return stop_after_stage
 
 
-def find_start(checkpoints: CheckpointFolder, resume: str) -> Checkpoint | None:
+def find_start(checkpoints: CheckpointFolder, resume: str, *, look_only: bool = False) -> Checkpoint | None:
     """The checkpoint that `resume` (auto, none or a path) asks for; None to start anew. Every rank must call it.
 
     What would be in the way is moved, not deleted.
+
+    Args:
+        look_only: leave everything as it is.
 
     Raises:
         CheckpointError: what was asked for is damaged.
         ConfigError: it is of a run with other settings.
     """
-    folder = checkpoints.newest_valid() if resume == "auto" else None if resume == "none" else Path(resume)
+    newest = checkpoints.newest_valid(look_only) if resume == "auto" else None
+    folder = newest if resume in ("auto", "none") else Path(resume)
     if folder is not None and resume != "auto" and (fault := fault_of(folder)):
         raise CheckpointError(f"resume = {resume}: {fault}; resume=auto takes the newest checkpoint that is whole")
+    if look_only:
+        return on_main_first(lambda: None if folder is None else read_checkpoint(folder, checkpoints.run))
     return on_main_first(lambda: _make_room(checkpoints, folder))
 
 

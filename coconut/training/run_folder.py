@@ -55,6 +55,19 @@ def hold_run(run_dir: Path) -> bool:
     return True
 
 
+def holder_of(run_dir: Path) -> str | None:
+    """Who else holds a run folder, in its own words; None where nobody does. Nothing is written."""
+    lock = run_dir / ".lock"
+    if run_dir.resolve() in _held or not lock.is_file():
+        return None
+    with lock.open("r+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return file.read().strip() or "its name is not written yet"
+    return None
+
+
 def is_stage_done(run_dir: Path, stage: int) -> bool:
     """Whether RUN/stage_K/ holds a stage that is complete, its checkpoint included."""
     return (run_dir / f"stage_{stage}" / DONE_FILE).is_file()

@@ -58,12 +58,15 @@ class MultimodalCoTTrainer:
         tokenizer: from `load_tokenizer`.
         image_processor: None for text-only data.
         config: the run configuration; results go to ``config.run_dir``.
+        is_dry: get ready as for training, and write nothing to the run folder nor move anything in it (`dry_run`).
 
     Raises:
         ConfigError, DataError: configuration or data are unusable.
     """
 
-    def __init__(self, model: MultimodalCoconut, tokenizer: Any, image_processor: Any, config: Any) -> None:
+    def __init__(
+        self, model: MultimodalCoconut, tokenizer: Any, image_processor: Any, config: Any, *, is_dry: bool = False
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.image_processor = image_processor
@@ -84,6 +87,7 @@ class MultimodalCoTTrainer:
         self.bad_samples = BadSampleReport(self.run_dir, config.max_bad_fraction)
         self.recovery = Recovery(self.checkpoints, self.log, config)
         self.watchdog = Watchdog(config.hang_timeout_s, self.run_dir)
+        self.is_dry = is_dry
         self.state = TrainState(stage=self.stages.stages[0])
         self.geometry = stage_geometry(config, self.state.stage, self.state)
         self.stops = StopRequests(self.run_dir)
@@ -95,17 +99,18 @@ class MultimodalCoTTrainer:
         """The DeepSpeed engine; built at its first use, resumed from the run folder's newest checkpoint."""
         set_seed(self.config.seed)
         init_distributed_training(force=True)
-        on_main_first(lambda: take_run(self.run_dir))
-        start = find_start(self.checkpoints, self.config.resume)
-        self.bad_samples.load()
+        if not self.is_dry:
+            on_main_first(lambda: take_run(self.run_dir))
+            self.bad_samples.load()
+        start = find_start(self.checkpoints, self.config.resume, look_only=self.is_dry)
         if start is not None:
             self.state = start.state
             self.geometry = stage_geometry(self.config, self.state.stage, self.state)
-        engine = build_engine(self.model, self.config, self.run_dir, self.geometry)
+        engine = build_engine(self.model, self.config, None if self.is_dry else self.run_dir, self.geometry)
         if start is not None:
             load_checkpoint(engine, start)
         self.state.group = self.state.group or get_world_size()
-        if is_main_process():
+        if is_main_process() and not self.is_dry:
             self.config.save(self.run_dir / "config.yaml")
         return engine
 
@@ -122,7 +127,7 @@ class MultimodalCoTTrainer:
     def _train(self) -> None:
         engine, last = self.engine, self.stages.stages[-1]
         exported = on_main_first(lambda: exported_step(self.run_dir / "final"))
-        if (self._out_of_budget() or self._is_done(last)) and exported == self.state.step:
+        if (self.out_of_budget() or self._is_done(last)) and exported == self.state.step:
             logger.info("nothing is left to do in %s; choose another name, or resume=none to start again", self.run_dir)
             return
         logger.info("%d ranks, stages %s, %s", get_world_size(), self.stages.stages, type(engine.optimizer).__name__)
@@ -137,7 +142,7 @@ class MultimodalCoTTrainer:
             self.stops.write(self.state.stage, self.state.step, self.stop_reason)
             logger.info("stopped (%s) after step %d; the same command goes on", self.stop_reason, self.state.step)
             return
-        if self.last_stage < last and not self._out_of_budget():
+        if self.last_stage < last and not self.out_of_budget():
             logger.info("stage %d is done: stop_after_stage ends the run here", self.last_stage)
             return
         self.model.stage_spec = self.stages.spec(self.state.stage)
@@ -184,9 +189,10 @@ class MultimodalCoTTrainer:
         return stage < self.state.stage or (stage == self.state.stage and self.state.stage_done)
 
     def _is_over(self) -> bool:
-        return self.stop_reason is not None or self._out_of_budget()
+        return self.stop_reason is not None or self.out_of_budget()
 
-    def _out_of_budget(self) -> bool:
+    def out_of_budget(self) -> bool:
+        """Whether `max_steps` or `num_epochs` are used up."""
         config, state = self.config, self.state
         steps_spent = config.max_steps is not None and state.step >= config.max_steps
         return steps_spent or (config.num_epochs is not None and state.epoch >= config.num_epochs)

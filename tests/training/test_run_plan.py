@@ -1,0 +1,158 @@
+"""The plan: what it simulates is what a real step allocates, and its accounting follows ranks, stages and settings."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import Qwen2Config
+
+from coconut.config import ConfigError
+from coconut.model.presets import PRESETS, preset_config
+from coconut.training.plan_data import DataShape
+from coconut.training.run_plan import MemoryPlan, PlannedModel, ZeroSettings, count_parameters, plan_work
+from coconut.training.simulation import BatchShape, outline_model, simulate, simulate_deep
+from tests.model.reference import batch_rows, make_row, tiny_text, wrap
+
+ROWS = BatchShape(rows=3, columns=64, labels=30, latents=3)
+
+
+def decoder(**sizes: int) -> Qwen2Config:
+    settings = dict(
+        hidden_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, intermediate_size=128,
+        vocab_size=1000, tie_word_embeddings=True, pad_token_id=None, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    return Qwen2Config(**(settings | sizes))
+
+
+def planned(shape: BatchShape = ROWS, *, dtype=torch.float32, checkpointing=False, on_cpu=False, **sizes: int):
+    return PlannedModel(outline_model(decoder(**sizes)), shape, dtype=dtype, checkpointing=checkpointing, on_cpu=on_cpu)
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [("internvl3-1b", 0.94), ("internvl3-8b", 7.94), ("internvl3-38b", 38.4), ("internvl3-78b", 78.4)],
+)
+def test_presets_have_the_published_number_of_parameters(name: str, billions: float) -> None:
+    assert count_parameters(outline_model(preset_config(name))) / 1e9 == pytest.approx(billions, rel=0.005)
+
+
+def test_an_unknown_preset_is_refused_with_those_there_are() -> None:
+    with pytest.raises(ConfigError, match=f"choose from {', '.join(PRESETS)}"):
+        preset_config("internvl3-2b")
+
+
+def test_nothing_is_left_alive_and_nothing_stays_replaced() -> None:
+    attention, truth = torch.nn.functional.scaled_dot_product_attention, torch.Tensor.__bool__
+    model = outline_model(decoder())
+    live = simulate(model, ROWS)
+    assert sum(live.now.values()) == 0
+    assert torch.nn.functional.scaled_dot_product_attention is attention and torch.Tensor.__bool__ is truth
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_gradients_of_every_weight_are_counted() -> None:
+    """With a tiny batch all there is at the end are gradients; the tied table's come from head and embedding apart."""
+    model = outline_model(decoder(num_hidden_layers=4, hidden_size=128, intermediate_size=512))
+    live = simulate(model, BatchShape(rows=1, columns=8, labels=2))
+    assert 4 * count_parameters(model) < live.peak["gradients"] < 1.3 * 4 * count_parameters(model)
+
+
+@pytest.mark.parametrize(("latents", "keeps"), [(0, True), (2, True), (2, False)])
+def test_few_layers_tell_of_many(latents: int, keeps: bool) -> None:
+    model = outline_model(decoder(num_hidden_layers=9))
+    shape = BatchShape(2, 96, 20, latents)
+    whole = simulate(model, shape, lambda parameter: keeps).peak
+    told = simulate_deep(model, shape, lambda parameter: keeps)
+    assert len(model.backbone.decoder_layers) == 9
+    assert sum(told.values()) == pytest.approx(sum(whole.values()), rel=0.02)
+
+
+def test_shares_of_all_passes_are_waited_for_though_gradients_go_at_once() -> None:
+    """Several passes use each weight: none of the layers' gradients is complete before the first pass's backward."""
+    sizes = dict(num_hidden_layers=4, hidden_size=128, intermediate_size=512)
+    model = outline_model(decoder(**sizes))
+    layers = 4 * sum(parameter.numel() for parameter in model.backbone.decoder_layers.parameters())
+    one_pass = simulate(model, BatchShape(1, 32, 2), lambda parameter: False)
+    passes = simulate(model, BatchShape(1, 32, 2, latents=2), lambda parameter: False)
+    assert one_pass.peak["gradients"] < 0.5 * layers
+    assert passes.peak["gradients"] > 0.8 * layers
+
+
+def test_checkpointing_holds_less_and_a_longer_batch_more() -> None:
+    wide = dict(num_hidden_layers=6)
+    plain, kept = (planned(checkpointing=flag, **wide).memory(1, ZeroSettings()) for flag in (False, True))
+    assert kept.parts["activations"] < 0.6 * plain.parts["activations"]
+    longer = planned(BatchShape(3, 128, 30, 3), **wide).memory(1, ZeroSettings())
+    assert longer.parts["activations"] > 1.5 * plain.parts["activations"]
+    assert kept.parts["cache"] > 0
+
+
+def test_logits_count_at_labels_only() -> None:
+    few, many = (
+        simulate(outline_model(decoder(vocab_size=50_000)), BatchShape(1, 200, labels, 0)) for labels in (2, 150)
+    )
+    grown = sum(many.peak.values()) - sum(few.peak.values())
+    assert grown > 148 * 50_000 * 4
+
+
+def total(stage: int, ranks: int, **options) -> MemoryPlan:
+    return planned(BatchShape(1, 16, 2), dtype=torch.bfloat16, hidden_size=256, intermediate_size=1024).memory(
+        ranks, ZeroSettings(stage=stage, reduce_bucket=1000, max_live=1000, persistent=0, **options)
+    )
+
+
+def test_each_zero_stage_divides_what_it_divides() -> None:
+    n = count_parameters(outline_model(decoder(hidden_size=256, intermediate_size=1024)))
+    parts = {stage: total(stage, 4).parts for stage in (0, 1, 2, 3)}
+    assert parts[0]["weights"] == parts[1]["weights"] == parts[2]["weights"] == 2 * n
+    assert parts[3]["weights"] == pytest.approx(2 * n / 4, rel=0.01)
+    assert parts[0]["optimizer"] >= 12 * n  # float32 weights and two moments
+    assert parts[1]["optimizer"] < 0.5 * parts[0]["optimizer"]
+    assert total(3, 8).total < total(3, 4).total < total(2, 4).total <= total(1, 4).total < total(0, 4).total
+
+
+def test_offloaded_state_is_on_the_host() -> None:
+    here, there = total(3, 4), total(3, 4, offload_optimizer=True, offload_param=True)
+    assert here.host == 0
+    assert there.parts.get("optimizer", 0) == 0
+    assert there.host > 14 * count_parameters(outline_model(decoder(hidden_size=256, intermediate_size=1024))) / 4
+    assert there.total < here.total
+
+
+def test_zero_3_holds_the_text_model_whole_where_the_limit_allows_it() -> None:
+    model = planned(BatchShape(1, 16, 2), dtype=torch.bfloat16)
+    small = model.memory(4, ZeroSettings(stage=3, max_live=10, persistent=0))
+    large = model.memory(4, ZeroSettings(stage=3, max_live=10**9, persistent=0))
+    assert not small.is_gathered_whole and large.is_gathered_whole
+    assert large.total > small.total
+
+
+def test_a_step_s_work_is_that_of_its_tokens() -> None:
+    data = DataShape(BatchShape(1, 20, 4, 2), tokens=18.0, tiles=0.0, labels=4.0, samples=64, steps=8, source="")
+    one, two = (plan_work(decoder(), samples, data, checkpointing=False) for samples in (8, 16))
+    assert one.tokens == 160 and two.tokens == 320
+    assert two.flops == pytest.approx(2 * one.flops)
+    assert plan_work(decoder(), 8, data, checkpointing=True).flops == pytest.approx(one.flops * 4 / 3)
+
+
+def test_simulated_activations_are_those_that_a_real_forward_saves() -> None:
+    """Against the tensors that autograd keeps for a real backward of the same model and batch."""
+    model = wrap(tiny_text("qwen2"))
+    generator = torch.Generator().manual_seed(0)
+    batch = batch_rows([make_row(generator, 0, words=20, target=6) for _ in range(2)])
+    saved: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        model(**batch, loss_only=True).loss  # noqa: B018
+    real = sum(n_bytes for address, n_bytes in saved.items() if address not in weights)
+    outline = outline_model(model.base_model.config)
+    rows, columns = batch["input_ids"].shape
+    labels = int((batch["labels"][:, 1:] != -100).sum())
+    live = simulate(outline, BatchShape(rows, columns, labels), lambda parameter: False)
+    kept = sum(live.peak.values())
+    assert real <= kept < 1.6 * real
