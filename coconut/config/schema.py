@@ -143,7 +143,7 @@ class Schema(BaseModel):
         "null = no LoRA",
     )
     lora_alpha: Float | None = Field(None, gt=0, description="scale of LoRA times its rank; null = 2 x lora_rank")
-    lora_dropout: Float = Field(0.0, ge=0, lt=1, description="probability that LoRA drops a value of its input")
+    lora_dropout: Probability = Field(0.0, ge=0, lt=1, description="probability that LoRA drops a value of its input")
     lora_target_modules: Annotated[list[Text], Field(min_length=1)] | None = Field(
         None,
         description="linear layers of the decoder with LoRA, by name or its end ([q_proj, v_proj]); null = all of them",
@@ -172,13 +172,15 @@ class Schema(BaseModel):
     start_stage: StageNumber = Field(
         0, ge=0, description="first stage that is trained; 1 where load_model_path holds a model that writes its steps"
     )
-    c_thought: Int = Field(2, ge=1, le=64, description="latent thoughts that replace one written step")
-    max_latent_stage: Int = Field(4, ge=0, le=1000, description="last stage K; stage k replaces the first k steps")
-    epochs_per_stage: Int = Field(5, ge=1, description="epochs of a stage, at most")
-    steps_per_stage: Int | None = Field(
+    c_thought: Thoughts = Field(2, ge=1, le=64, description="latent thoughts that replace one written step")
+    max_latent_stage: StageNumber = Field(
+        4, ge=0, le=1000, description="last stage K; stage k replaces the first k steps"
+    )
+    epochs_per_stage: Epochs = Field(5, ge=1, description="epochs of a stage, at most")
+    steps_per_stage: Steps | None = Field(
         None, ge=1, description="optimizer steps of a stage, at most; null = epochs_per_stage decides"
     )
-    num_epochs: Int | None = Field(
+    num_epochs: Epochs | None = Field(
         40, ge=1, description="epochs of the whole run, at most; the last stage takes what is left; null = no limit"
     )
     uniform_prob: Probability = Field(
@@ -227,10 +229,10 @@ class Schema(BaseModel):
         "cost: of like length up to a cost budget, batch_size_training samples on average, for steps of four or more "
         "micro-batches a rank (docs/data.md)",
     )
-    cost_per_patch: Float = Field(
+    cost_per_patch: Annotated[Float, Unit("tokens")] = Field(
         0.0, ge=0, description="what a tile costs beside its image tokens, in tokens (launch/calibrate.py measures it)"
     )
-    cost_per_latent_pass: Float = Field(
+    cost_per_latent_pass: Annotated[Float, Unit("tokens")] = Field(
         0.0, ge=0, description="what a latent pass costs for one sample, in tokens (launch/calibrate.py measures it)"
     )
     max_steps: Steps | None = Field(None, ge=1, description="optimizer steps after which the run ends; null = no limit")
@@ -305,16 +307,18 @@ class Schema(BaseModel):
 
     # -- evaluation --
     only_eval: bool = Field(False, description="do not train: score load_model_path or model_id on test_data_path")
-    batch_size_eval: Int = Field(16, ge=1, description="samples a rank evaluates at once")
-    eval_every_n_epochs: Int = Field(1, ge=1, description="epochs between two validations; a stage's end is always one")
-    eval_every_n_steps: Int | None = Field(
+    batch_size_eval: Samples = Field(16, ge=1, description="samples a rank evaluates at once")
+    eval_every_n_epochs: Epochs = Field(
+        1, ge=1, description="epochs between two validations; a stage's end is always one"
+    )
+    eval_every_n_steps: Steps | None = Field(
         None, ge=1, description="optimizer steps of a stage between two validations; null = eval_every_n_epochs decides"
     )
     validation_metric: Literal["accuracy", "full_match", "loss"] = Field(
         "accuracy",
         description="what tells the best model of a stage, and a gain: answers right, whole texts right, or least loss",
     )
-    max_new_tokens: Int = Field(100, ge=1, description="tokens generated for a sample, at most")
+    max_new_tokens: Tokens = Field(100, ge=1, description="tokens generated for a sample, at most")
 
     # -- checkpoints --
     resume: Text = Field(

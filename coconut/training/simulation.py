@@ -143,7 +143,7 @@ def outline_model(hf_config: Any) -> MultimodalCoconut:
     """A model of transformers' configuration `hf_config` to simulate with: shapes without values, in float32."""
     base_model = build_outline(hf_config)
     with torch.device("meta"):
-        return MultimodalCoconut(base_model, 0, 0, 0, 0).train()
+        return MultimodalCoconut(base_model, 0, 1, 2, 3).train()
 
 
 def simulate(

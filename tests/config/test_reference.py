@@ -12,10 +12,12 @@ from coconut.config import Config
 from coconut.config.reference import key_references, markdown, stage_references
 from coconut.config.schema import Schema, StageSettings
 from coconut.data import ImageProcessor
+from coconut.training.batches import BATCH_KEYS, stage_batch
 from launch import docs
 
 #: Numbers that neither count nor measure anything.
 PLAIN_NUMBERS = {"seed", "icot_smoothing", "learning_rate", "weight_decay", "max_grad_norm"}
+PLAIN_NUMBERS |= {"lora_rank", "lora_alpha", "early_stopping_min_delta"}
 
 #: What defines, checks or describes keys: to appear there is not to be used.
 NOT_READING = ("schema", "checks", "faults", "reference", "templates", "old_keys", "layers")
@@ -89,13 +91,15 @@ def keys_read(tree: ast.AST, known: set[str]) -> Iterator[str]:
 
 
 def stage_keys_read(tree: ast.AST) -> Iterator[str]:
-    """Keys of a stage, taken from what StageManager.settings gives."""
+    """Keys of a stage: of what StageManager.settings gives, and asked for by name: config.stage_setting(k, "key")."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute):
             value = node.value.func if isinstance(node.value, ast.Call) else node.value
             name = value.id if isinstance(value, ast.Name) else value.attr if isinstance(value, ast.Attribute) else ""
             if name == "settings":
                 yield node.attr
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "stage_setting":
+            yield from (argument.value for argument in node.args if isinstance(argument, ast.Constant))
 
 
 def trees(project: Path, *folders: str) -> Iterator[ast.AST]:
@@ -118,6 +122,8 @@ def test_every_key_is_read_by_code(project: Path) -> None:
 
 def test_every_key_of_a_stage_is_read_by_code(project: Path) -> None:
     read = {key for tree in trees(project, "coconut/training") for key in stage_keys_read(tree)}
+    for key in BATCH_KEYS:  # read by their names
+        read |= {key} if getattr(stage_batch(Config({"stages": {1: {key: 9}}}), 1), key) == 9 else set()
     assert set(StageSettings.__annotations__) - read == set()
 
 
