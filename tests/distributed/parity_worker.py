@@ -37,22 +37,28 @@ INERT = {"input_ids": torch.zeros(1, 1, dtype=torch.long), "labels": torch.full(
 
 
 def situation(seed: int) -> list[list[dict]]:
-    """Rows of each rank: ragged latents, perhaps none, several images or none, perhaps no row at all."""
+    """Rows of each rank: ragged latents, perhaps none, perhaps in two spans with text between them, several images or
+    none, perhaps no row at all."""
     draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     ranks = []
     for _ in range(get_world_size()):
         most, images = draw.choice([0, 1, 3, 5]), draw.choice([0, 1, 2])
-        ranks.append(
-            [
-                make_row(
-                    generator, draw.randint(0, most), draw.randint(0, images), draw.randint(2, 12), draw.randint(0, 6)
-                )
-                for _ in range(draw.choice([0, 1, 2, 4]))
-            ]
-        )
+        rows = [
+            make_row(generator, draw.randint(0, most), draw.randint(0, images), draw.randint(2, 12), draw.randint(0, 6))
+            for _ in range(draw.choice([0, 1, 2, 4]))
+        ]
+        if draw.random() < 0.3:
+            rows = [joined(row, make_row(generator, draw.randint(0, most), 0, 2, 3)) for row in rows]
+        ranks.append(rows)
     if not any(ranks):
         ranks[-1] = [make_row(generator, 2, 1)]
     return ranks
+
+
+def joined(first: dict, second: dict) -> dict:
+    """One row of two."""
+    row = {key: first[key] + second[key] for key in ("ids", "labels")}
+    return row | {"tiles": torch.cat([first["tiles"], second["tiles"]])}
 
 
 def build(special: set[str]) -> MultimodalCoconut:
@@ -74,7 +80,8 @@ def build(special: set[str]) -> MultimodalCoconut:
 
 
 def tensors_of(rows: list[dict]) -> dict:
-    return batch_rows(rows, dtype=torch.float32) if rows else dict(INERT)
+    aligned = len(rows) % 2 == 0  # else their first latents stand in different columns
+    return batch_rows(rows, aligned, dtype=torch.float32) if rows else dict(INERT)
 
 
 @contextmanager

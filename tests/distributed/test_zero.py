@@ -38,3 +38,8 @@ def test_random_situations_equal_one_process(stage: str, special: str) -> None:
 def test_a_cut_gradient_is_seen(fault: str) -> None:
     output = run_ranks("tests.distributed.parity_worker", "3", "6", "0", fault)
     assert "fault seen" in output and fault in output
+
+
+@pytest.mark.parametrize("how", ["whole", "layers"])
+def test_answers_of_unlike_length_end_alike(how: str) -> None:
+    assert run_ranks("tests.distributed.decoding_worker", how).count("answers equal") == 2
