@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor
 
 from coconut.model import MultimodalCoconut
@@ -14,6 +15,7 @@ from tests.model.reference import (
     LATENT,
     TILE,
     TOKENS_PER_PATCH,
+    VOCAB,
     batch_rows,
     float64_everywhere,
     gradients,
@@ -177,3 +179,26 @@ def test_sliding_window_attention(attn: str) -> None:
         base = tiny_text("mistral", attn, sliding_window=4).double()
         loss, gradient = differences(wrap(base), ragged_rows(2, images=False), naive_loss)
     assert loss < TOLERANCE and gradient < TOLERANCE, (loss, gradient)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("Gemma2", {"head_dim": 8, "query_pre_attn_scalar": 8, "final_logit_softcapping": 3.0}),
+        ("Cohere", {"logit_scale": 0.25}),
+        ("Granite", {"logits_scaling": 4.0}),
+    ],
+)
+def test_logits_are_scaled_and_capped_as_the_family_does(family: str, settings: dict) -> None:
+    """Families that do something to their logits after the head: loss and logits are transformers' own."""
+    sizes = dict(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                 intermediate_size=64, initializer_range=0.3, bos_token_id=None, eos_token_id=EOS,
+                 pad_token_id=0)  # fmt: skip
+    config = getattr(transformers, f"{family}Config")(**sizes, **settings)
+    base = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    ids = torch.tensor([[5, 6, 7, 8, 9, 10]])
+    with torch.no_grad():
+        ours, theirs = wrap(base)(ids, labels=ids), base(ids, labels=ids)
+        loss_only = wrap(base)(ids, labels=ids, loss_only=True).loss
+    assert torch.allclose(ours.logits, theirs.logits, atol=1e-5)
+    assert float(ours.loss) == pytest.approx(float(theirs.loss)) == pytest.approx(float(loss_only))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from coconut.model import MultimodalCoconut
-from coconut.types import DataError, PromptTemplate, StageSpec
+from coconut.types import ConfigError, DataError, PromptTemplate, StageSpec
 from tests.model.reference import (
     END,
     EOS,
@@ -18,6 +18,7 @@ from tests.model.reference import (
     batch_rows,
     make_row,
     tiny_internvl,
+    tiny_qwen2_5_vl,
     tiny_text,
     wrap,
 )
@@ -196,3 +197,52 @@ def test_faults_are_named(model: MultimodalCoconut) -> None:
         model.generate(input_ids=torch.tensor([[5, START, LATENT]]))
     with pytest.raises(DataError, match="past_key_values"):
         model(input_ids=torch.tensor([[5, LATENT, 6]]), past_key_values=object())
+    with pytest.raises(DataError, match="ends with an image token"):
+        model.generate(input_ids=torch.tensor([[5, IMAGE]]))
+    with pytest.raises(DataError, match="either pixel_values or visual_features"):
+        model(input_ids=ids, pixel_values=tile, visual_features=torch.zeros(1, 4, 32))
+    with pytest.raises(DataError, match=r"attention_mask is \[1, 1\]"):
+        model(input_ids=ids, attention_mask=torch.ones(1, 1))
+    with pytest.raises(DataError, match=r"labels is \[2, 6\]"):
+        model(input_ids=ids, labels=torch.full((2, 6), -100))
+    with pytest.raises(DataError, match="n_latents = 2 is for questions"):
+        model.generate(input_ids=torch.tensor([[5, START, LATENT, END]]), n_latents=2)
+    with pytest.raises(ConfigError, match="return_dict_in_generate"):
+        model.generate(input_ids=torch.tensor([[5]]), return_dict_in_generate=True)
+    with pytest.raises(ConfigError, match="three different tokens"):
+        MultimodalCoconut(model.base_model, LATENT, START, LATENT, EOS)
+
+
+@pytest.mark.parametrize("kind", ["internvl", "qwen2_5_vl", "gpt2", "llama"])
+def test_forward_goes_on_from_a_cache(kind: str) -> None:
+    """With a mask and without one, one token or several: the logits of the whole sequence."""
+    torch.manual_seed(0)
+    base = {"internvl": tiny_internvl, "qwen2_5_vl": tiny_qwen2_5_vl}.get(kind, lambda: tiny_text(kind))()
+    whole = wrap(base).eval()
+    span = [START, LATENT, LATENT, END]
+    ids = torch.tensor([[7, 8, 9, *span, 20, 21, 22], [0, 0, 9, *span, 5, 6, 7]])
+    mask = torch.ones_like(ids)
+    with torch.no_grad():
+        expected = whole(ids).logits
+        for n in (1, 3):
+            cache = whole(ids[:, :-n], use_cache=True).past_key_values
+            assert torch.allclose(whole(ids[:, -n:], past_key_values=cache).logits, expected[:, -n:], atol=1e-5)
+        mask[1, :2] = 0
+        expected = whole(ids, attention_mask=mask).logits[:, -3:]
+        first = whole(ids[:, :-3], attention_mask=mask[:, :-3], use_cache=True)
+        positions = whole.backbone.position_ids(ids, mask)[..., -3:] if kind == "qwen2_5_vl" else None
+        options = {"attention_mask": mask, "past_key_values": first.past_key_values, "position_ids": positions}
+        assert torch.allclose(whole(ids[:, -3:], **options).logits, expected, atol=1e-5)
+        with pytest.raises(DataError, match=r"covers the 10 cached tokens and the 1 new ones: \[2, 11\]"):
+            whole(ids[:, -1:], attention_mask=mask[:, -1:], past_key_values=first.past_key_values)
+        with pytest.raises(DataError, match="together with loss_only"):
+            whole(ids[:, -1:], past_key_values=first.past_key_values, loss_only=True)
+
+
+def test_a_pad_predicts_nothing(model: MultimodalCoconut) -> None:
+    """A label on the first token of a padded row has nothing before it to come of, as in a row that is not padded."""
+    ids = torch.tensor([[5, 6, 7, 8]])
+    padded = torch.tensor([[0, 0, 5, 6, 7, 8]])
+    mask, labels = torch.tensor([[0, 0, 1, 1, 1, 1]]), torch.tensor([[-100, -100, 5, 6, 7, 8]])
+    expected = model(ids, labels=ids, num_items_in_batch=1).loss
+    assert torch.allclose(model(padded, attention_mask=mask, labels=labels, num_items_in_batch=1).loss, expected)

@@ -130,6 +130,23 @@ def test_export_is_bit_for_bit(folder: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "back" / "config.json").read_text()) == config
 
 
+def test_a_tied_table_is_exported_and_loads_again(tmp_path: Path) -> None:
+    tokenizer = build_word_tokenizer(("\n", "red", "blue"))
+    config, weights = layout(len(tokenizer))
+    config["llm_config"]["tie_word_embeddings"] = True
+    del weights["language_model.lm_head.weight"]
+    tokenizer.save_pretrained(tmp_path / "original")
+    save_torch_state_dict(weights, tmp_path / "original")
+    (tmp_path / "original" / "config.json").write_text(json.dumps(config))
+    model = MultimodalCoconut.from_pretrained(tmp_path / "original")
+    export_original(model.base_model.state_dict(), config, tmp_path / "back")
+    after = weights_of(tmp_path / "back")
+    assert weights.keys() == after.keys() and all(torch.equal(weights[key], after[key]) for key in weights)
+    tokenizer.save_pretrained(tmp_path / "back")
+    again = MultimodalCoconut.from_pretrained(tmp_path / "back")
+    assert torch.equal(again.base_model.get_output_embeddings().weight, model.base_model.get_output_embeddings().weight)
+
+
 def test_faults_are_named(folder: Path) -> None:
     for file in folder.glob("*.safetensors*"):
         file.unlink()
