@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from coconut.config import load_config
-from coconut.training.calibrate import Measured, fit_costs, measure
+from coconut.training.calibrate import Measured, fit_costs
 from coconut.training.preview import open_preview
 from coconut.types import DataError
 from launch.calibrate import main
