@@ -178,6 +178,8 @@ def test_ds_config_that_is_not_json(fails, folder, arguments):
         ({"gradient_clipping": 0.5}, "gradient_clipping is 0.5, but max_grad_norm asks for 1.0"),
         ({"scheduler": {"type": "WarmupLR"}}, "it has a scheduler block; the trainer sets the learning rate"),
         ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage is 4; choose 0, 1, 2 or 3"),
+        ({"zero_optimisation": {"stage": 3}}, "zero_optimisation is no name that DeepSpeed knows"),
+        ({"optimizer": {"type": "AdamW", "params": 3}}, "optimizer.params is 3; it has to be a JSON object"),
     ],
 )
 def test_contradictory_ds_config(fails, folder, arguments, change, said):
