@@ -8,6 +8,7 @@ from typing import Any
 
 from coconut.config.data_paths import data_mixture
 from coconut.config.faults import Fault, Note
+from coconut.types import STAGED_METHODS
 
 #: Folder that a command makes -> the command.
 RECIPES = {"data/arrow_maze": "python launch/prepare_data.py arrow-maze"}
@@ -51,11 +52,18 @@ def _contradictions(values: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...]
 def observations(values: Mapping[str, Any]) -> list[Note]:
     """What is allowed, but perhaps not what was meant."""
     notes = []
-    last = values["max_latent_stage"]
-    beyond = sorted(stage for stage in values["stages"] if stage > last)
-    if beyond:
-        names = ", ".join(map(str, beyond))
-        notes.append(Note(f"settings of stages {names} are not used: max_latent_stage = {last}"))
+    last, method = values["max_latent_stage"], values["method"]
+    if method in STAGED_METHODS:
+        unused = [stage for stage in values["stages"] if stage > last]
+        reason = f"max_latent_stage = {last}"
+    else:  # cot is trained as stage 0 is
+        unused = [stage for stage in values["stages"] if stage != 0 or method != "cot"]
+        reason = f"method = {method!r} has a single stage"
+        if method != "cot":
+            reason += ", with the run's own learning_rate, warmup_steps, advance_at and train_data_path"
+    if unused:
+        names = ", ".join(map(str, sorted(unused)))
+        notes.append(Note(f"settings of stages {names} are not used: {reason}"))
     if values["method"] == "coconut" and values["num_epochs"] is not None:
         epochs = [values["stages"].get(k, {}).get("epochs", values["epochs_per_stage"]) for k in range(last)]
         if sum(epochs) >= values["num_epochs"]:

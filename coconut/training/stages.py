@@ -16,8 +16,8 @@ from typing import Any
 
 from torch.utils.data import Dataset, IterableDataset
 
-from coconut.data.stage_text import STAGED_METHODS, mixed_stage, smoothed_removal, stage_spec
-from coconut.types import ConfigError, StageSpec
+from coconut.data.stage_text import mixed_stage, smoothed_removal, stage_spec
+from coconut.types import STAGED_METHODS, ConfigError, StageSpec
 from coconut.utils.tokenizer import special_token_ids
 
 
@@ -44,7 +44,8 @@ class StageManager:
         pad_latent_to_max: samples with fewer steps get as many thoughts as the others.
         learning_rate, warmup_steps, uniform_prob, advance_at: defaults of every stage.
         num_epochs: epochs of the whole run; those beyond stage K's are trained with all written steps removed.
-        overrides: settings of single stages, by stage.
+        overrides: settings of single stages, by stage; those of stage 0 hold for the single stage of cot too, and not
+            for that of other methods.
         start_stage: the first stage that is trained.
         icot_tokens, icot_smoothing: of the method icot.
     """
@@ -75,6 +76,7 @@ class StageManager:
             if value < least:
                 raise ConfigError(f"{name} is {value}; it must be at least {least}")
         self.is_staged = method in STAGED_METHODS
+        self.has_own_settings = self.is_staged or method == "cot"  # which is stage 0, and nothing after it
         if not 0 <= start_stage <= (max_latent_stage if self.is_staged else 0):
             last = f"max_latent_stage, {max_latent_stage}" if self.is_staged else f"0, as {method} has a single stage"
             raise ConfigError(f"start_stage is {start_stage}; it must be from 0 to {last}")
@@ -97,10 +99,7 @@ class StageManager:
     def from_config(cls, config: Any) -> StageManager:
         """The curriculum that a run configuration describes."""
         names = ("epochs", "learning_rate", "warmup_steps", "uniform_prob", "advance_at")
-        overrides = {
-            stage: {name: config.stage_setting(stage, name) for name in names}
-            for stage in range(config.max_latent_stage + 1)
-        }
+        overrides = {stage: {name: own[name] for name in names if name in own} for stage, own in config.stages.items()}
         return cls(
             config.max_latent_stage,
             config.epochs_per_stage,
@@ -154,7 +153,7 @@ class StageManager:
             "uniform_prob": self.uniform_prob,
             "advance_at": self.advance_at,
         }
-        if self.is_staged:
+        if self.has_own_settings:
             own = dict(self.overrides.get(min(stage, self.max_latent_stage), {}))
             if stage > self.max_latent_stage:  # trained as stage K is, for the epochs that are left
                 own.pop("epochs", None)

@@ -213,6 +213,17 @@ class TestStages:
         assert "may end before stage 4 begins" in Config({"num_epochs": 20}).notes[0]
         assert Config({"num_epochs": None}).notes == ()
 
+    def test_settings_of_stages_that_a_method_does_not_have(self) -> None:
+        stages = {0: {"epochs": 2}, 4: {"epochs": 1}}
+        assert Config({"method": "cot", "stages": stages}).notes == (
+            "settings of stages 4 are not used: method = 'cot' has a single stage",
+        )
+        (note,) = Config({"method": "no_cot", "stages": stages}).notes
+        assert note.startswith(
+            "settings of stages 0, 4 are not used: method = 'no_cot' has a single stage, with the run's"
+        )
+        assert Config({"method": "icot", "stages": stages}).notes == ()
+
 
 class TestOldKeys:
     @pytest.mark.parametrize("flag", ["coconut", "cot", "no_cot"])
