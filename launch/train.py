@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that the script runs from a clone that is not installed
 
 from coconut.config import Config, load_config, validate_config
+from coconut.config.faults import raise_faults
 from coconut.types import CoconutError, ConfigError
 
 DEMO_DATA = Path("data/arrow_maze")
@@ -79,10 +80,10 @@ def make_demo_data(config: Config) -> None:
 
     One process makes them, the others wait: each takes the folder's lock in turn, and then finds all in place.
     """
-    data = config.get("train_data_path")
-    wanted = (data if isinstance(data, str) else None, config.get("model_id"))
-    if not any(path and Path(path).is_relative_to(DEMO_DATA) and not Path(path).exists() for path in wanted):
+    wanted = [path for path in map(config.get, ("train_data_path", "model_id")) if isinstance(path, str)]
+    if not any(Path(path).is_relative_to(DEMO_DATA) and not Path(path).exists() for path in wanted):
         return
+    raise_faults(config.faults, config.origins)  # nothing is made for settings that cannot be used
     from launch.prepare_data import prepare_arrow_maze
 
     prepare_arrow_maze(DEMO_DATA)

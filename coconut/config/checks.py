@@ -119,6 +119,11 @@ def _missing_model(values: Mapping[str, Any]) -> list[Fault]:
 def _missing_others(values: Mapping[str, Any]) -> list[Fault]:
     faults = []
     root, resume, engine = values["image_root"], values["resume"], values["deepspeed"]
+    run_dir = Path(values["save_path"]) / values["name"]
+    nearest = next(path for path in (run_dir, *run_dir.parents) if path.exists())
+    if not nearest.is_dir():
+        text = f"save_path = {values['save_path']!r}: {nearest} is a file, where {run_dir} has to be a folder"
+        faults.append(Fault("save_path", f"{text}; choose another save_path or name"))
     if root is not None and not Path(root).is_dir():
         fix = "give the folder that image paths of the data start from, or null for the data file's own"
         faults.append(Fault("image_root", f"image_root = {root!r}: is not a folder; {fix}"))

@@ -154,6 +154,29 @@ def test_all_faults_are_listed_at_once(fails, arguments):
     assert all(key in message for key in ("c_thought", "learning_rat", "fp16"))
 
 
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("train_data_path: 3", "train_data_path = 3: must be a path"),
+        ("model_id: [a, b]", "model_id = ['a', 'b']: must be text"),
+        ("c_thought: 0", "c_thought = 0: must be at least 1"),
+    ],
+)
+def test_no_demo_data_is_made_for_settings_that_cannot_be_used(fails, project, folder, monkeypatch, line, said):
+    monkeypatch.chdir(folder)
+    path = write(folder / "c.yaml", f"base_config: {project / 'args' / 'demo.yaml'}\n{line}\n")
+    message = fails("--config", path)
+    assert message.startswith(f"{path}:2: {said}") and len(message.splitlines()) == 1
+    assert [file.name for file in folder.iterdir()] == ["c.yaml"]
+
+
+@pytest.mark.parametrize("name", ["x", "x/sub"])
+def test_a_file_in_the_place_of_the_run_folder(fails, folder, arguments, name):
+    write(folder / "x", "a file")
+    message = fails(*arguments, f"save_path={folder / name}")
+    assert message.startswith(f"command line: save_path = '{folder / name}': {folder / 'x'} is a file")
+
+
 # -- the ds_config --
 
 
