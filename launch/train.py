@@ -139,17 +139,22 @@ def train(config: Config, tokenizer: Any, processor: Any) -> None:
 
 
 def load_inputs(config: Config) -> tuple[Any, Any]:
-    """Tokenizer and image processor; opens the data sets once, so that broken data fails before a model is loaded."""
+    """Tokenizer and image processor; opens the data sets once, so that broken ones fail before a model is loaded."""
     from coconut.data import ImageProcessor, SampleEncoder
     from coconut.data.stage_text import build_prompt_template
+    from coconut.model.loading import check_family
     from coconut.training.inputs import open_split, open_training
+    from coconut.training.resume import check_start
     from coconut.training.stages import StageManager
     from coconut.utils.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(config.load_model_path or config.model_id)
+    stages, start = StageManager.from_config(config), config.load_model_path or config.model_id
+    check_start(config, stages.stages)
+    tokenizer = load_tokenizer(start)
+    check_family(start, tokenizer)
     processor = ImageProcessor.from_config(config)
     encoder = SampleEncoder(tokenizer, processor, build_prompt_template(tokenizer, config.prompt_format), 0)
-    open_training(config, StageManager.from_config(config), encoder)
+    open_training(config, stages, encoder)
     open_split(config, "val_data_path", encoder, config.max_val_samples)
     open_split(config, "test_data_path", encoder)
     return tokenizer, processor

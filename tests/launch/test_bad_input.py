@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -286,6 +287,39 @@ def test_model_folder_without_a_tokenizer(fails, folder, arguments):
 
 def test_model_folder_that_is_not_there(fails, folder, arguments):
     assert f"model_id = '{folder / 'none'}': is not a folder" in fails(*arguments, f"model_id={folder / 'none'}")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "said"),
+    [
+        ("foo", "has no readable config.json: The checkpoint you are trying to load has model type `foo`"),
+        ("t5", "is of the family 't5'; supported are internvl, qwen2_5_vl, and what transformers has as a causal"),
+    ],
+)
+def test_model_of_a_family_that_is_not_supported(fails, folder, arguments, model, model_type, said):
+    shutil.copytree(model, folder / "model")
+    content = json.loads((model / "config.json").read_text())
+    write(folder / "model" / "config.json", {**content, "model_type": model_type})
+    message = fails(*arguments, f"model_id={folder / 'model'}")
+    assert message.startswith(f"model_id '{folder / 'model'}' {said}")
+
+
+def test_resume_from_what_is_no_checkpoint(fails, folder, arguments):
+    (folder / "empty").mkdir()
+    message = fails(*arguments, f"resume={folder / 'empty'}")
+    assert message.startswith(f"{folder / 'empty'} is no complete checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["stop_after_stage=9"], "stop_after_stage = 9: this run has the stages 0 to 4"),
+        (["stop_after_stage=1", "method=cot"], "stop_after_stage = 1: this run has the stages 0 to 0"),
+        (["stop_after_stage=0", "start_stage=1"], "stop_after_stage = 0: this run has the stages 1 to 4"),
+    ],
+)
+def test_end_at_a_stage_that_the_run_does_not_have(fails, arguments, overrides, said):
+    assert fails(*arguments, *overrides) == said
 
 
 def test_checkpoint_to_score_that_is_none(fails, folder, arguments):
