@@ -67,6 +67,8 @@ def read_ds_config(path: str | Path) -> dict[str, Any]:
         content = json.loads(path.read_text())
     except ValueError as error:
         raise ConfigError(f"{path} is not valid JSON: {error}") from error
+    except RecursionError:
+        raise ConfigError(f"{path} is nested too deeply to be a DeepSpeed configuration") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path} holds a {type(content).__name__}; a DeepSpeed configuration is a JSON object")
     return content

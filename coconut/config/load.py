@@ -93,7 +93,7 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
             continue
         try:
             _place(values, key.split("."), _typed(key, value))
-        except (yaml.YAMLError, ValueError):
+        except (yaml.YAMLError, ValueError, RecursionError):
             faults.append(
                 Fault("", f"command line: {text!r}: the value is not YAML; quote it, or balance its brackets")
             )

@@ -269,7 +269,7 @@ class MultimodalCoTTrainer:
             if self.state.step % self.config.log_every_n_steps == 0 or at_end:
                 self.log.training(self.state, window, engine, steps)
                 window = Totals()
-            if save_every is not None and self.state.step % save_every == 0 and not at_end:
+            if save_every is not None and self.state.step % save_every == 0 and not (at_end or self._is_over()):
                 self._save_if_possible({})
             begin = time.perf_counter()
         if steps is None:  # somebody else's data: no place in a plan of ours

@@ -247,9 +247,21 @@ def test_zero_samples_in_any_split(fails, folder, arguments, split):
     assert f"{path} holds zero samples" in fails(*arguments, f"{split}_data_path={path}")
 
 
-def test_data_that_is_not_json(fails, folder, arguments):
-    path = write(folder / "d.json", "[{]")
-    assert f"{path}, line 1: not JSON" in fails(*arguments, f"train_data_path={path}")
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("d.json", "[{]", ", line 1: not JSON"),
+        pytest.param("d.json", "[" * 100_000, ": nested too deeply to be a list of records", id="deep list"),
+        pytest.param("d.jsonl", "[" * 100_000, ", line 1: nested too deeply to be a record", id="deep line"),
+        pytest.param(
+            "manifest.json", "[" * 100_000, " cannot be read: maximum recursion depth exceeded", id="deep index"
+        ),
+    ],
+)
+def test_data_that_is_not_json(fails, folder, arguments, name, text, said):
+    path = write(folder / name, text)
+    given = folder if name == "manifest.json" else path
+    assert f"{path}{said}" in fails(*arguments, f"train_data_path={given}")
 
 
 def test_more_ranks_than_samples(fails, arguments, monkeypatch):

@@ -113,7 +113,7 @@ def test_what_deepspeed_knows_is_the_users_to_set(tmp_path: Path, change: dict) 
     assert resolved["zero_optimization"] == {"stage": 0}  # where the file says nothing
 
 
-@pytest.mark.parametrize("text", ["{", "[]"])
+@pytest.mark.parametrize("text", ["{", "[]", pytest.param("[" * 100_000, id="deep")])
 def test_broken_files(tmp_path: Path, text: str) -> None:
     (tmp_path / "ds.json").write_text(text)
     with pytest.raises(ConfigError, match=r"ds\.json"):
