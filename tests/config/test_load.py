@@ -40,7 +40,7 @@ def test_numbers_are_numbers(folder: Path) -> None:
     )
     assert config.learning_rate == 1e-5
     assert isinstance(config.learning_rate, float)
-    assert (config.weight_decay, config.uniform_prob, config.samples_per_epoch, config.seed) == (0.01, 0.5, 1500, 1000)
+    assert (config.weight_decay, config.uniform_prob, config.samples_per_epoch, config.seed) == (0.01, 0.5, 5000, 1000)
     assert isinstance(config.samples_per_epoch, int)
     assert config.name == "1e5x"
 
