@@ -41,6 +41,9 @@ LATENT_TOKEN = "<|latent|>"
 END_LATENT_TOKEN = "<|end-latent|>"
 SPECIAL_TOKENS = (START_LATENT_TOKEN, LATENT_TOKEN, END_LATENT_TOKEN)
 
+#: Methods whose stages take the written steps away one after the other; the others have a single stage.
+STAGED_METHODS = ("coconut", "icot", "pause_as_thought", "pause_multipass", "no_thought")
+
 #: Label value that no loss is computed for (the convention of torch and transformers).
 IGNORE_INDEX = -100
 

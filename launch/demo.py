@@ -163,7 +163,7 @@ class Demo:
     # -- how --
 
     def _train(self, run: Path, part: str, overrides: Sequence[str]) -> None:
-        if (run / "final" / "coconut.json").exists():
+        if is_whole(run):
             print(f"{part}: there already ({run / 'final'})", flush=True)
             return
         with self._timed(part):
@@ -175,6 +175,8 @@ class Demo:
                 # The test data is scored once, by the evaluation.
                 *("test_data_path=null", *(QUICK if self.quick else ()), *overrides),
             )
+        if not is_whole(run):  # a stop that was asked for is no error of the command
+            raise PartError(f"{part} was stopped before its end ({run / 'log.txt'} says where); it goes on from there")
 
     def _evaluate(self, folder: Path, checkpoint: Path) -> str:
         folder.mkdir(parents=True, exist_ok=True)
@@ -224,6 +226,11 @@ class Demo:
         times[part] = round(times.get(part, 0.0) + seconds, 1)
         self.times_file.parent.mkdir(parents=True, exist_ok=True)
         self.times_file.write_text(json.dumps(times, indent=2) + "\n")
+
+
+def is_whole(run: Path) -> bool:
+    """Whether a training run came to its end."""
+    return (run / "final" / "coconut.json").exists()
 
 
 def spent(metrics: Path) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The demo, from nothing to a report: sets up, makes the data, trains, evaluates. Asks nothing; safe to start again.
 #
-#   bash launch/demo.sh                     an hour on two busy CPU cores, installation included; GPUs are used if there are
+#   bash launch/demo.sh                     under half an hour on two CPU cores; GPUs are used if there are
 #   bash launch/demo.sh --quick             a few steps of every part, to see that it runs
 #   bash launch/demo.sh --seed 1 --out DIR --no-cot-lr 3e-4
 set -euo pipefail

@@ -12,6 +12,7 @@ import argparse
 import importlib
 import importlib.metadata
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -24,8 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 LEAST_PYTHON = (3, 11)
-#: Oldest versions that are known to work; deepspeed before 0.19.4 breaks with frozen parameters and checkpointing.
-LEAST_VERSIONS = {"torch": "2.11", "transformers": "5.17", "deepspeed": "0.19.4", "webdataset": "1.0.2"}
+PACKAGES = ("torch", "transformers", "deepspeed", "webdataset")
 SHM = Path("/dev/shm")  # noqa: S108 - shared memory, not a temporary file
 LEAST_SHM_MB = 64  # what containers get by default; loader processes pass batches through it
 
@@ -57,8 +57,8 @@ def main(argv: list[str] | None = None) -> int:
 def checks(arguments: argparse.Namespace) -> Iterator[tuple[str, Callable[[], str]]]:
     """Every check with its name; a check returns what it found, or raises Fault."""
     yield "python", check_python
-    for package, least in LEAST_VERSIONS.items():
-        yield package, partial(check_package, package, least, not arguments.quick)
+    for package in PACKAGES:
+        yield package, partial(check_package, package, least_version(package), not arguments.quick)
     yield "run folder", lambda: check_folder(arguments.run, arguments.min_free_gb)
     yield "temporary folder", lambda: check_folder(Path(tempfile.gettempdir()), 0.1)
     yield "shared memory", check_shared_memory
@@ -86,6 +86,13 @@ def check_package(name: str, least: str, do_import: bool) -> str:
         except Exception as error:  # whatever an installation that is broken may raise
             raise Fault(f"{found} cannot be imported ({type(error).__name__}: {error}); install it anew") from error
     return found
+
+
+def least_version(package: str) -> str:
+    """The oldest version that pyproject.toml admits, read without tomllib: an old Python is a fault to be named."""
+    found = re.search(rf'^ *"{package}>=([\d.]+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert found, f"pyproject.toml gives no oldest version of {package}"
+    return found[1]
 
 
 def numbers(version: str) -> list[int]:

@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that the script runs from a clone that is not installed
 
 from coconut.config import Config, load_config, validate_config
+from coconut.config.faults import raise_faults
 from coconut.types import CoconutError, ConfigError
 
 if TYPE_CHECKING:
@@ -94,10 +95,10 @@ def make_demo_data(config: Config) -> None:
 
     One process makes them, the others wait: each takes the folder's lock in turn, and then finds all in place.
     """
-    data = config.get("train_data_path")
-    wanted = (data if isinstance(data, str) else None, config.get("model_id"))
-    if not any(path and Path(path).is_relative_to(DEMO_DATA) and not Path(path).exists() for path in wanted):
+    wanted = [path for path in map(config.get, ("train_data_path", "model_id")) if isinstance(path, str)]
+    if not any(Path(path).is_relative_to(DEMO_DATA) and not Path(path).exists() for path in wanted):
         return
+    raise_faults(config.faults, config.origins)  # nothing is made for settings that cannot be used
     from launch.prepare_data import prepare_arrow_maze
 
     prepare_arrow_maze(DEMO_DATA)
@@ -181,17 +182,22 @@ def build_trainer(config: Config, tokenizer: Any, processor: Any, *, is_dry: boo
 
 
 def load_inputs(config: Config) -> tuple[Any, Any]:
-    """Tokenizer and image processor; opens the data sets once, so that broken data fails before a model is loaded."""
+    """Tokenizer and image processor; opens the data sets once, so that broken ones fail before a model is loaded."""
     from coconut.data import ImageProcessor, SampleEncoder
     from coconut.data.stage_text import build_prompt_template
+    from coconut.model.loading import check_family
     from coconut.training.inputs import open_split, open_training
+    from coconut.training.resume import check_start
     from coconut.training.stages import StageManager
     from coconut.utils.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(config.load_model_path or config.model_id)
+    stages, start = StageManager.from_config(config), config.load_model_path or config.model_id
+    check_start(config, stages.stages)
+    tokenizer = load_tokenizer(start)
+    check_family(start, tokenizer)
     processor = ImageProcessor.from_config(config)
     encoder = SampleEncoder(tokenizer, processor, build_prompt_template(tokenizer, config.prompt_format), 0)
-    open_training(config, StageManager.from_config(config), encoder)
+    open_training(config, stages, encoder)
     open_split(config, "val_data_path", encoder, config.max_val_samples)
     open_split(config, "test_data_path", encoder)
     return tokenizer, processor

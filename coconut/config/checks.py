@@ -8,6 +8,7 @@ from typing import Any
 
 from coconut.config.data_paths import data_mixture
 from coconut.config.faults import Fault, Note
+from coconut.types import STAGED_METHODS
 
 #: Folder that a command makes -> the command.
 RECIPES = {"data/arrow_maze": "python launch/prepare_data.py arrow-maze"}
@@ -68,11 +69,18 @@ def _batch_faults(
 def observations(values: Mapping[str, Any]) -> list[Note]:
     """What is allowed, but perhaps not what was meant."""
     notes = []
-    last = values["max_latent_stage"]
-    beyond = sorted(stage for stage in values["stages"] if stage > last)
-    if beyond:
-        names = ", ".join(map(str, beyond))
-        notes.append(Note(f"settings of stages {names} are not used: max_latent_stage = {last}"))
+    last, method = values["max_latent_stage"], values["method"]
+    if method in STAGED_METHODS:
+        unused = [stage for stage in values["stages"] if stage > last]
+        reason = f"max_latent_stage = {last}"
+    else:  # cot is trained as stage 0 is
+        unused = [stage for stage in values["stages"] if stage != 0 or method != "cot"]
+        reason = f"method = {method!r} has a single stage"
+        if method != "cot":
+            reason += ", with the run's own learning_rate, warmup_steps, advance_at and train_data_path"
+    if unused:
+        names = ", ".join(map(str, sorted(unused)))
+        notes.append(Note(f"settings of stages {names} are not used: {reason}"))
     by_steps = values["steps_per_stage"] or any(table.get("steps") for table in values["stages"].values())
     if by_steps and values["num_epochs"] is not None:
         text = (
@@ -134,6 +142,11 @@ def _missing_model(values: Mapping[str, Any]) -> list[Fault]:
 def _missing_others(values: Mapping[str, Any]) -> list[Fault]:
     faults = []
     root, resume, engine = values["image_root"], values["resume"], values["deepspeed"]
+    run_dir = Path(values["save_path"]) / values["name"]
+    nearest = next(path for path in (run_dir, *run_dir.parents) if path.exists())
+    if not nearest.is_dir():
+        text = f"save_path = {values['save_path']!r}: {nearest} is a file, where {run_dir} has to be a folder"
+        faults.append(Fault("save_path", f"{text}; choose another save_path or name"))
     if root is not None and not Path(root).is_dir():
         fix = "give the folder that image paths of the data start from, or null for the data file's own"
         faults.append(Fault("image_root", f"image_root = {root!r}: is not a folder; {fix}"))

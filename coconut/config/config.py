@@ -222,8 +222,13 @@ def _check(state: _State) -> _State:
     resolved = dict(state.given)
     clashes: list[Fault] = []
     if "stages" in resolved:
-        last = resolved.get("max_latent_stage", _DEFAULTS["max_latent_stage"])
-        resolved["stages"], clashes = resolve_last(resolved["stages"], last)
+        try:
+            last = Schema.model_validate(
+                {k: resolved[k] for k in ["max_latent_stage"] if k in resolved}
+            ).max_latent_stage
+            resolved["stages"], clashes = resolve_last(resolved["stages"], last)
+        except ValidationError:  # that is the fault: which stage is the last is not known
+            resolved["stages"], _ = resolve_last(resolved["stages"], _DEFAULTS["max_latent_stage"])
     if resolved.get("debug") is True:
         resolved = {**DEBUG_VALUES, **resolved}
     faults: list[Fault] = []

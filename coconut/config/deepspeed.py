@@ -13,9 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from coconut.config.ds_faults import deepspeed_faults
 from coconut.types import ConfigError
 
 AUTO = "auto"
+_SECTIONS = ("zero_optimization", "bf16", "fp16", "optimizer", "optimizer.params")  # that we read or write ourselves
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,8 @@ def read_ds_config(path: str | Path) -> dict[str, Any]:
         content = json.loads(path.read_text())
     except ValueError as error:
         raise ConfigError(f"{path} is not valid JSON: {error}") from error
+    except RecursionError:
+        raise ConfigError(f"{path} is nested too deeply to be a DeepSpeed configuration") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path} holds a {type(content).__name__}; a DeepSpeed configuration is a JSON object")
     return content
@@ -73,9 +77,10 @@ def read_ds_config(path: str | Path) -> dict[str, Any]:
 def zero_stage(path: str | Path) -> int:
     """ZeRO stage that a DeepSpeed file asks for, 0 when it asks for none."""
     content = read_ds_config(path)
-    for section in ("zero_optimization", "bf16", "fp16", "optimizer"):
-        if not isinstance(content.get(section, {}), dict):
-            raise ConfigError(f"{path}: {section} is {content[section]!r}; it has to be a JSON object")
+    for section in _SECTIONS:
+        value = _get(content, section, {})
+        if not isinstance(value, dict):
+            raise ConfigError(f"{path}: {section} is {value!r}; it has to be a JSON object")
     stage = content.get("zero_optimization", {}).get("stage", 0)
     if stage not in (0, 1, 2, 3):
         raise ConfigError(f"{path}: zero_optimization.stage is {stage!r}; choose 0, 1, 2 or 3")
@@ -94,12 +99,14 @@ def resolve_ds_config(
         geometry: how a resumed run's steps were cut at its first start; None: as the configuration says.
 
     Raises:
-        ConfigError: every contradiction between the two files, and every "auto" without a meaning, in one message.
+        ConfigError: every contradiction between the two files, every "auto" without a meaning, and what DeepSpeed does
+            not know or take, in one message.
     """
     path = config.deepspeed
-    resolved: dict[str, Any] = read_ds_config(path) if path else {"zero_optimization": {"stage": 0}}
+    resolved: dict[str, Any] = read_ds_config(path) if path else {}
     if path:
         zero_stage(path)
+    resolved.setdefault("zero_optimization", {"stage": 0})
     geometry = geometry or batch_geometry(config, world_size)
     whole = geometry.micro_batch * geometry.accumulation * world_size
     ours: dict[str, tuple[Any, str]] = {
@@ -134,16 +141,19 @@ def resolve_ds_config(
     for key, size in sizes.items():
         if _get(resolved, key) == AUTO:
             _set(resolved, key, size)
-    faults += [f'{key} is "auto", which has no meaning here; write a value' for key in _autos(resolved)]
+    autos = [f'{key} is "auto", which has no meaning here; write a value' for key in _autos(resolved)]
+    faults += autos
+    if path and not autos:  # else DeepSpeed would find fault with them too, in words of its own
+        faults += deepspeed_faults(resolved)
     if faults:
-        raise ConfigError(f"{path} contradicts the run configuration:\n  - " + "\n  - ".join(faults))
+        raise ConfigError(f"{path} cannot be used with this run configuration:\n  - " + "\n  - ".join(faults))
     return resolved
 
 
-def _get(tree: dict[str, Any], key: str) -> Any:
+def _get(tree: dict[str, Any], key: str, default: Any = None) -> Any:
     for name in key.split("."):
         if not isinstance(tree, dict) or name not in tree:
-            return None
+            return default
         tree = tree[name]
     return tree
 
@@ -155,9 +165,9 @@ def _set(tree: dict[str, Any], key: str, value: Any) -> None:
     tree[last] = value
 
 
-def _autos(tree: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    for name, value in tree.items():
-        if isinstance(value, dict):
+def _autos(tree: dict[str, Any] | list[Any], prefix: str = "") -> Iterator[str]:
+    for name, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+        if isinstance(value, (dict, list)):
             yield from _autos(value, f"{prefix}{name}.")
         elif value == AUTO:
-            yield prefix + name
+            yield f"{prefix}{name}"

@@ -6,7 +6,7 @@ base_config's file -> file -> overrides of the command line     (the later wins)
 from __future__ import annotations
 
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -43,7 +43,7 @@ def load_config(config_path: str | Path, validate: bool = True, overrides: Seque
     config = Config.from_layers([(_without(layer, broken), places) for layer, places in layers], validate=False)
     origins = config.origins | {key: place for _, places in layers for key, place in places.items() if key in broken}
     if validate:
-        faults += [*config.faults, *(fault for fault in missing_paths(config.sound) if _top(fault.key) not in broken)]
+        faults += _faults(config, broken)
     raise_faults(faults, origins)
     return config
 
@@ -54,7 +54,7 @@ def validate_config(config: Config) -> None:
     Raises:
         ConfigError: listing every fault.
     """
-    raise_faults([*config.faults, *missing_paths(config.sound)], config.origins)
+    raise_faults(_faults(config), config.origins)
 
 
 def create_config_from_template(template_name: str, **overrides: Any) -> Config:
@@ -93,12 +93,18 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
             continue
         try:
             _place(values, key.split("."), _typed(key, value))
-        except (yaml.YAMLError, ValueError):
+        except (yaml.YAMLError, ValueError, RecursionError):
             faults.append(
                 Fault("", f"command line: {text!r}: the value is not YAML; quote it, or balance its brackets")
             )
     raise_faults(faults)
     return values
+
+
+def _faults(config: Config, broken: Set[str] = frozenset()) -> list[Fault]:
+    """What is wrong with values and paths; nothing on the path of a key whose value is wrong or could not be read."""
+    faulty = broken | {_top(fault.key) for fault in config.faults}
+    return [*config.faults, *(fault for fault in missing_paths(config.sound) if _top(fault.key) not in faulty)]
 
 
 def _read_chain(path: Path, above: list[Path], faults: list[Fault]) -> list[Layer]:

@@ -367,6 +367,8 @@ class Schema(BaseModel):
     @field_validator("resume", mode="before")
     @classmethod
     def _resume_choices(cls, value: Any) -> Any:
+        if isinstance(value, str):  # typed on the command line, where the key takes text
+            value = {"0": 0, "false": False, "null": None, "true": True}.get(value.lower(), value)
         if value is True:
             return "auto"
         if value in (None, False, 0):  # the original recipes write `resume: 0`

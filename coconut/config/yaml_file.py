@@ -57,6 +57,8 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str], list[Fault]]:
         ) from error
     except (yaml.YAMLError, ValueError) as error:  # ValueError: 2024-13-45 looks like a date, and is none
         raise ConfigError(f"{path}: is not YAML: {error}") from error
+    except RecursionError:
+        raise ConfigError(f"{path}: is nested too deeply to be a configuration") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: must hold `key: value` lines, but holds {_kind(values)}")
     return {str(key): value for key, value in values.items()}, reader.places, reader.faults

@@ -70,6 +70,8 @@ class RecordFile:
             fault = f"not UTF-8 text: {error.reason} (byte {error.start})"
         except json.JSONDecodeError as error:
             fault = f"not JSON: {error.msg} (column {error.colno})"
+        except RecursionError:
+            fault = "nested too deeply to be a record"
         return RawRecord(index, where, None, f"{self.path}, line {number}: {fault}; mend or remove the line")
 
     def _find_lines(self) -> None:

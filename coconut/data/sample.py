@@ -97,11 +97,15 @@ def read_records(path: str | Path) -> Iterator[tuple[int, Any]]:
                 yield index, json.loads(line)
             except json.JSONDecodeError as error:
                 raise DataError(f"{path}, line {number}: not JSON: {error.msg} (column {error.colno})") from None
+            except RecursionError:
+                raise DataError(f"{path}, line {number}: nested too deeply to be a record") from None
         return
     try:
         records = json.loads(text)
     except json.JSONDecodeError as error:
         raise DataError(f"{path}, line {error.lineno}: not JSON: {error.msg} (column {error.colno})") from None
+    except RecursionError:
+        raise DataError(f"{path}: nested too deeply to be a list of records") from None
     if not isinstance(records, list):
         raise DataError(f"{path} holds {_kind(records)}; a data file is a JSON list of records, or JSONL")
     yield from enumerate(records)

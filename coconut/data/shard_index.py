@@ -253,7 +253,7 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
             f"{directory} has no {MANIFEST}: it holds no shards, or writing them was cut short; "
             f"write them with python launch/make_shards.py DATA.json --out {directory}"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be read: {error}; {_rebuild(directory)}") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
         raise DataError(f"{path} is not of format {FORMAT}, version {VERSION}; {_rebuild(directory)}")

@@ -22,6 +22,7 @@ from typing import Any
 from coconut.types import (
     IGNORE_INDEX,
     SPECIAL_TOKENS,
+    STAGED_METHODS,
     DataError,
     EncodedText,
     PromptTemplate,
@@ -34,8 +35,6 @@ from coconut.types import (
 # a tokenizer that ran threads before data workers are forked warns in each of them.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-#: Methods whose stages take the written steps away one after the other; the others have a single stage.
-STAGED_METHODS = ("coconut", "icot", "pause_as_thought", "pause_multipass", "no_thought")
 METHODS = (*STAGED_METHODS, "cot", "no_cot", "pause", "no_curriculum")
 #: Spellings of open, context and close: InternVL's, Qwen-VL's. InternVL's tokenizers know both, so the order counts.
 IMAGE_TOKENS = (("<img>", "<IMG_CONTEXT>", "</img>"), ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>"))

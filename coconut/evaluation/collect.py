@@ -17,9 +17,8 @@ from typing import Any
 
 import yaml
 
-from coconut.data.stage_text import STAGED_METHODS
 from coconut.evaluation.result import PREDICTIONS_FILE, SUMMARY_FILE
-from coconut.types import DataError
+from coconut.types import STAGED_METHODS, DataError
 
 METRICS_FILE = "metrics.jsonl"
 CONFIG_FILE = "config.yaml"

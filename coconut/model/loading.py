@@ -19,11 +19,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from coconut.config.deepspeed import zero_stage
 from coconut.model import adapters, custom_generate
 from coconut.model.auxiliary import load_auxiliary_loss
-from coconut.model.backbones import backbone_class, original_internvl
+from coconut.model.backbones import BACKBONES, backbone_class, original_internvl
 from coconut.model.backbones.base import Backbone
 from coconut.model.backbones.internvl import InternVLBackbone
 from coconut.types import CheckpointError, ConfigError, PromptTemplate, StageSpec
@@ -91,6 +92,18 @@ def build_outline(hf_config: Any, attn_implementation: str = "sdpa") -> PreTrain
         return build(hf_config, attn_implementation=attn_implementation)
 
 
+def check_family(model_id: str | Path, tokenizer: Any) -> None:
+    """Read a model's configuration, and nothing else.
+
+    Raises:
+        ConfigError: no such folder, or a model family that is not supported.
+    """
+    model_type = _read_config(model_id, tokenizer)[0].model_type
+    if model_type not in BACKBONES and model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        known = ", ".join([*BACKBONES, "and what transformers has as a causal language model"])
+        raise ConfigError(f"model_id {str(model_id)!r} is of the family {model_type!r}; supported are {known}")
+
+
 def _read_config(model_id: str | Path, tokenizer: Any) -> tuple[Any, dict[str, Any], int | None]:
     """transformers' configuration, the file as it is, and in the original InternVL format the image token's id."""
     try:
@@ -100,7 +113,9 @@ def _read_config(model_id: str | Path, tokenizer: Any) -> tuple[Any, dict[str, A
         image_token_id = tokenizer.convert_tokens_to_ids(original_internvl.CONTEXT_TOKEN)
         return original_internvl.convert_config(raw_config, image_token_id), raw_config, image_token_id
     except (OSError, ValueError) as error:
-        raise ConfigError(f"model_id {str(model_id)!r} has no readable config.json: {error}") from error
+        raise ConfigError(
+            f"model_id {str(model_id)!r} has no readable config.json: {str(error).partition(chr(10))[0]}"
+        ) from error
 
 
 def _configure(model: MultimodalCoconut, config: Any) -> None:

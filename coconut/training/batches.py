@@ -6,9 +6,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from coconut.config.deepspeed import BatchGeometry, batch_geometry
-from coconut.data.stage_text import STAGED_METHODS
 from coconut.training.state import TrainState
-from coconut.types import ConfigError
+from coconut.types import STAGED_METHODS, ConfigError
 from coconut.utils.distributed import get_world_size
 from coconut.utils.logging import get_logger
 
@@ -19,7 +18,7 @@ BATCH_KEYS = ("batch_size_training", "gradient_accumulation_steps", "global_batc
 
 def stage_batch(config: Any, stage: int) -> SimpleNamespace:
     """The keys that decide an optimizer step, as they hold in one stage (where the method has several)."""
-    if config.method not in STAGED_METHODS:
+    if config.method not in (*STAGED_METHODS, "cot"):
         return SimpleNamespace(**{key: getattr(config, key) for key in BATCH_KEYS})
     own = min(stage, config.max_latent_stage)
     return SimpleNamespace(**{key: config.stage_setting(own, key) for key in BATCH_KEYS})

@@ -80,7 +80,7 @@ def open_training(config: Any, stages: StageManager, encoder: SampleEncoder) -> 
 
 def training_mixture(config: Any, stages: StageManager, stage: int) -> dict[str, float]:
     """Weight of each training set in a stage."""
-    own = stages.is_staged  # as with the stages' other settings
+    own = stages.has_own_settings
     last = min(stage, config.max_latent_stage)
     return data_mixture(config.stage_setting(last, "train_data_path") if own else config.train_data_path)
 

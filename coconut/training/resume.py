@@ -62,6 +62,18 @@ def last_stage(stop_after_stage: int | None, stages: list[int]) -> int:
     return stop_after_stage
 
 
+def check_start(config: Any, stages: list[int]) -> None:
+    """What can be said of a run's start and end before a weight is loaded. Every rank must call it.
+
+    Raises:
+        CheckpointError: `resume` names a folder that is no checkpoint.
+        ConfigError: it is of a run with other settings, or `stop_after_stage` is none of the run's `stages`.
+    """
+    last_stage(config.stop_after_stage, stages)
+    if config.resume not in ("auto", "none"):
+        on_main_first(lambda: read_checkpoint(Path(config.resume), fixed_settings(config)))
+
+
 def find_start(checkpoints: CheckpointFolder, resume: str, *, look_only: bool = False) -> Checkpoint | None:
     """The checkpoint that `resume` (auto, none or a path) asks for; None to start anew. Every rank must call it.
 

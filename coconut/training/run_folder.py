@@ -30,13 +30,17 @@ def hold_run(run_dir: Path) -> bool:
         False where this process holds it already.
 
     Raises:
-        ConfigError: another process holds it; the message names it.
+        ConfigError: another process holds it; the message names it. Or it cannot be written to.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
     key = run_dir.resolve()
     if key in _held:
         return False
-    file = (run_dir / ".lock").open("a+")
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = (run_dir / ".lock").open("a+")
+    except OSError as error:
+        fix = "choose another save_path, or another name"
+        raise ConfigError(f"the run folder {run_dir} cannot be written to: {error.strerror}; {fix}") from error
     try:
         # Not flock: processes forked from a rank, such as data workers, would hold that on after the rank's death.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -16,8 +16,8 @@ from typing import Any
 
 from torch.utils.data import Dataset, IterableDataset
 
-from coconut.data.stage_text import STAGED_METHODS, mixed_stage, smoothed_removal, stage_spec
-from coconut.types import ConfigError, StageSpec
+from coconut.data.stage_text import mixed_stage, smoothed_removal, stage_spec
+from coconut.types import STAGED_METHODS, ConfigError, StageSpec
 from coconut.utils.tokenizer import special_token_ids
 
 
@@ -47,7 +47,8 @@ class StageManager:
         pad_latent_to_max: samples with fewer steps get as many thoughts as the others.
         learning_rate, warmup_steps, uniform_prob, advance_at: defaults of every stage.
         num_epochs: epochs of the whole run; those beyond stage K's are trained with all written steps removed.
-        overrides: settings of single stages, by stage.
+        overrides: settings of single stages, by stage; those of stage 0 hold for the single stage of cot too, and not
+            for that of other methods.
         steps_per_stage: optimizer steps of each stage, in the place of epochs.
         patience, min_steps: defaults of every stage: validations without a gain that end it, and its least steps.
         start_stage: the first stage that is trained.
@@ -83,6 +84,7 @@ class StageManager:
             if value < least:
                 raise ConfigError(f"{name} is {value}; it must be at least {least}")
         self.is_staged = method in STAGED_METHODS
+        self.has_own_settings = self.is_staged or method == "cot"  # which is stage 0, and nothing after it
         if not 0 <= start_stage <= (max_latent_stage if self.is_staged else 0):
             last = f"max_latent_stage, {max_latent_stage}" if self.is_staged else f"0, as {method} has a single stage"
             raise ConfigError(f"start_stage is {start_stage}; it must be from 0 to {last}")
@@ -110,8 +112,9 @@ class StageManager:
         names = ["epochs", "learning_rate", "warmup_steps", "uniform_prob", "advance_at", "steps", "patience"]
         names += ["min_steps", "c_thought"]
         overrides = {
-            stage: {name: config.stage_setting(stage, name) for name in names}
-            for stage in range(config.max_latent_stage + 1)
+            # A stage with epochs of its own is not counted in steps.
+            stage: {n: config.stage_setting(stage, n) for n in names if n in own or (n == "steps" and "epochs" in own)}
+            for stage, own in config.stages.items()
         }
         return cls(
             config.max_latent_stage,
@@ -170,7 +173,7 @@ class StageManager:
             "patience": self.patience,
             "min_steps": self.min_steps,
         }
-        if self.is_staged:
+        if self.has_own_settings:
             own = dict(self.overrides.get(min(stage, self.max_latent_stage), {}))
             own.pop("c_thought", None)  # what a stage does to the text is its spec
             if stage > self.max_latent_stage:  # trained as stage K is, for the epochs that are left

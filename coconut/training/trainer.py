@@ -269,7 +269,7 @@ class MultimodalCoTTrainer:
                 window = Totals()
             metrics = self._after_step(epoch_ended=False) if is_ours else {}
             is_due = save_every is not None and self.state.step % save_every == 0
-            if is_due and not at_end and not self.state.stage_done:
+            if is_due and not (at_end or self.state.stage_done or self._is_over()):
                 self._save_if_possible(metrics)
             begin = time.perf_counter()
         if not is_ours:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from coconut.config import Config, ConfigError, load_config, validate_config
+from coconut.config import Config, ConfigError, load_config, parse_overrides, validate_config
 from coconut.config.schema import Schema
 
 
@@ -196,6 +196,15 @@ class TestStages:
         with pytest.raises(ConfigError, match=r"stages.last.epochs = 3 contradicts stages.4.epochs = 5"):
             Config({"stages": {"last": {"epochs": 3}, 4: {"epochs": 5}}})
 
+    @pytest.mark.parametrize("value", ["many", -1, True, 2.5, None])
+    def test_a_faulty_number_of_stages_is_the_only_fault(self, value: object) -> None:
+        stages = {"last": {"epochs": 3}, 4: {"epochs": 5}}
+        with pytest.raises(ConfigError) as error:
+            Config({"max_latent_stage": value, "stages": stages})
+        assert str(error.value).startswith(f"max_latent_stage = {value!r}") and "\n" not in str(error.value)
+        with pytest.raises(ConfigError, match=r"2 faults[\s\S]*stages\.4\.epochs = 0: must be at least 1"):
+            Config({"max_latent_stage": value, "stages": {"last": {"epochs": 0}}})
+
     def test_a_later_setting_of_the_run_replaces_those_of_stages(self) -> None:
         config = Config({"learning_rate": 1e-3, "stages": {0: {"learning_rate": 2e-3, "epochs": 2}, 1: {"epochs": 3}}})
         assert config.notes == ()
@@ -212,6 +221,17 @@ class TestStages:
         assert "settings of stages 7 are not used" in Config({"stages": {7: {"epochs": 1}}}).notes[0]
         assert "may end before stage 4 begins" in Config({"num_epochs": 20}).notes[0]
         assert Config({"num_epochs": None}).notes == ()
+
+    def test_settings_of_stages_that_a_method_does_not_have(self) -> None:
+        stages = {0: {"epochs": 2}, 4: {"epochs": 1}}
+        assert Config({"method": "cot", "stages": stages}).notes == (
+            "settings of stages 4 are not used: method = 'cot' has a single stage",
+        )
+        (note,) = Config({"method": "no_cot", "stages": stages}).notes
+        assert note.startswith(
+            "settings of stages 0, 4 are not used: method = 'no_cot' has a single stage, with the run's"
+        )
+        assert Config({"method": "icot", "stages": stages}).notes == ()
 
 
 class TestOldKeys:
@@ -279,3 +299,9 @@ class TestOldKeys:
     )
     def test_resume(self, old: object, new: str) -> None:
         assert Config({"resume": old}).resume == new
+
+    @pytest.mark.parametrize(
+        ("typed", "new"), [("0", "none"), ("False", "none"), ("null", "none"), ("true", "auto"), ("0/1", "0/1")]
+    )
+    def test_resume_typed_means_what_it_means_in_a_file(self, typed: str, new: str) -> None:
+        assert Config(parse_overrides([f"resume={typed}"])).resume == new

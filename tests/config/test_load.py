@@ -160,6 +160,12 @@ class TestUnreadable:
             ("seed: !!python/object:os.system x\n", "is not YAML: could not determine a constructor"),
             ("seed: \x00\n", "c.yaml: is not YAML"),
             ("name: 2024-13-45\n", "c.yaml: is not YAML: month must be in 1..12"),
+            pytest.param(f"name: {'[' * 1500}\n", "c.yaml: is nested too deeply", id="deep list"),
+            pytest.param(
+                "stages:\n" + "".join(f"{' ' * n}{n}:\n" for n in range(1, 1000)),
+                "c.yaml: is nested too deeply",
+                id="deep table",
+            ),
         ],
     )
     def test_what_is_not_a_configuration(self, folder: Path, text: str, said: str) -> None:
@@ -215,12 +221,13 @@ class TestOverrides:
 
     def test_bad_forms_are_all_listed(self) -> None:
         with pytest.raises(ConfigError) as error:
-            parse_overrides(["seed", "--seed=3", "stages={", "=3"])
+            parse_overrides(["seed", "--seed=3", "stages={", "=3", f"seed={'[' * 1500}"])
         text = str(error.value)
         assert "'seed' is not of the form key=value; write seed=value" in text
         assert "write seed=3" in text
         assert "'stages={': the value is not YAML" in text
-        assert text.startswith("4 faults")
+        assert "[[[': the value is not YAML" in text
+        assert text.startswith("5 faults")
 
     def test_they_win_over_the_file_and_its_stages(self, folder: Path) -> None:
         text = "learning_rate: 1e-3\nstages:\n  0: {learning_rate: 2e-3, epochs: 3}\n"

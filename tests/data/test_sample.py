@@ -81,7 +81,13 @@ def test_jsonl_and_its_faulty_line(tmp_path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("[{]", "line 1: not JSON"), ("{}", "holds an object"), ("[]", "zero samples"), (b"\xff\xfe\x00", "UTF-8")],
+    [
+        ("[{]", "line 1: not JSON"),
+        pytest.param("[" * 100_000, "nested too deeply", id="deep"),
+        ("{}", "holds an object"),
+        ("[]", "zero samples"),
+        (b"\xff\xfe\x00", "UTF-8"),
+    ],
 )
 def test_files_that_hold_no_records(tmp_path, content, message: str) -> None:
     path = tmp_path / "d.json"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -163,6 +164,29 @@ def test_all_faults_are_listed_at_once(fails, arguments):
     assert all(key in message for key in ("c_thought", "learning_rat", "fp16"))
 
 
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("train_data_path: 3", "train_data_path = 3: must be a path"),
+        ("model_id: [a, b]", "model_id = ['a', 'b']: must be text"),
+        ("c_thought: 0", "c_thought = 0: must be at least 1"),
+    ],
+)
+def test_no_demo_data_is_made_for_settings_that_cannot_be_used(fails, project, folder, monkeypatch, line, said):
+    monkeypatch.chdir(folder)
+    path = write(folder / "c.yaml", f"base_config: {project / 'args' / 'demo.yaml'}\n{line}\n")
+    message = fails("--config", path)
+    assert message.startswith(f"{path}:2: {said}") and len(message.splitlines()) == 1
+    assert [file.name for file in folder.iterdir()] == ["c.yaml"]
+
+
+@pytest.mark.parametrize("name", ["x", "x/sub"])
+def test_a_file_in_the_place_of_the_run_folder(fails, folder, arguments, name):
+    write(folder / "x", "a file")
+    message = fails(*arguments, f"save_path={folder / name}")
+    assert message.startswith(f"command line: save_path = '{folder / name}': {folder / 'x'} is a file")
+
+
 # -- the ds_config --
 
 
@@ -187,6 +211,8 @@ def test_ds_config_that_is_not_json(fails, folder, arguments):
         ({"gradient_clipping": 0.5}, "gradient_clipping is 0.5, but max_grad_norm asks for 1.0"),
         ({"scheduler": {"type": "WarmupLR"}}, "it has a scheduler block; the trainer sets the learning rate"),
         ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage is 4; choose 0, 1, 2 or 3"),
+        ({"zero_optimisation": {"stage": 3}}, "zero_optimisation is no name that DeepSpeed knows"),
+        ({"optimizer": {"type": "AdamW", "params": 3}}, "optimizer.params is 3; it has to be a JSON object"),
     ],
 )
 def test_contradictory_ds_config(fails, folder, arguments, change, said):
@@ -230,9 +256,21 @@ def test_zero_samples_in_any_split(fails, folder, arguments, split):
     assert f"{path} holds zero samples" in fails(*arguments, f"{split}_data_path={path}")
 
 
-def test_data_that_is_not_json(fails, folder, arguments):
-    path = write(folder / "d.json", "[{]")
-    assert f"{path}, line 1: not JSON" in fails(*arguments, f"train_data_path={path}")
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("d.json", "[{]", ", line 1: not JSON"),
+        pytest.param("d.json", "[" * 100_000, ": nested too deeply to be a list of records", id="deep list"),
+        pytest.param("d.jsonl", "[" * 100_000, ", line 1: nested too deeply to be a record", id="deep line"),
+        pytest.param(
+            "manifest.json", "[" * 100_000, " cannot be read: maximum recursion depth exceeded", id="deep index"
+        ),
+    ],
+)
+def test_data_that_is_not_json(fails, folder, arguments, name, text, said):
+    path = write(folder / name, text)
+    given = folder if name == "manifest.json" else path
+    assert f"{path}{said}" in fails(*arguments, f"train_data_path={given}")
 
 
 def test_more_ranks_than_samples(fails, arguments, monkeypatch):
@@ -270,6 +308,39 @@ def test_model_folder_without_a_tokenizer(fails, folder, arguments):
 
 def test_model_folder_that_is_not_there(fails, folder, arguments):
     assert f"model_id = '{folder / 'none'}': is not a folder" in fails(*arguments, f"model_id={folder / 'none'}")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "said"),
+    [
+        ("foo", "has no readable config.json: The checkpoint you are trying to load has model type `foo`"),
+        ("t5", "is of the family 't5'; supported are internvl, qwen2_5_vl, and what transformers has as a causal"),
+    ],
+)
+def test_model_of_a_family_that_is_not_supported(fails, folder, arguments, model, model_type, said):
+    shutil.copytree(model, folder / "model")
+    content = json.loads((model / "config.json").read_text())
+    write(folder / "model" / "config.json", {**content, "model_type": model_type})
+    message = fails(*arguments, f"model_id={folder / 'model'}")
+    assert message.startswith(f"model_id '{folder / 'model'}' {said}")
+
+
+def test_resume_from_what_is_no_checkpoint(fails, folder, arguments):
+    (folder / "empty").mkdir()
+    message = fails(*arguments, f"resume={folder / 'empty'}")
+    assert message.startswith(f"{folder / 'empty'} is no complete checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["stop_after_stage=9"], "stop_after_stage = 9: this run has the stages 0 to 4"),
+        (["stop_after_stage=1", "method=cot"], "stop_after_stage = 1: this run has the stages 0 to 0"),
+        (["stop_after_stage=0", "start_stage=1"], "stop_after_stage = 0: this run has the stages 1 to 4"),
+    ],
+)
+def test_end_at_a_stage_that_the_run_does_not_have(fails, arguments, overrides, said):
+    assert fails(*arguments, *overrides) == said
 
 
 def test_checkpoint_to_score_that_is_none(fails, folder, arguments):

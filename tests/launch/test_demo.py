@@ -36,6 +36,8 @@ def start(script, tmp_path, monkeypatch, capsys):
         if "launch/train.py" in words:
             run = Path(settings["save_path"]) / settings["name"]
             stages = ["final", "stage_0"]
+            if getattr(self, "stop_at", None) in words:  # as by `touch RUN/stop`, in stage 0
+                return
             for stage in stages:
                 (run / stage).mkdir(parents=True)
                 (run / stage / "coconut.json").write_text("{}")
@@ -126,6 +128,17 @@ def test_a_failing_part_stops_the_demo_and_says_so(script, start, monkeypatch, c
     status, commands = start()
     assert status == 0
     assert not any("method=coconut" in words for words in commands)
+
+
+def test_a_training_that_is_stopped_stops_the_demo_which_goes_on_when_started_again(script, start, monkeypatch, capsys):
+    monkeypatch.setattr(script.Demo, "stop_at", "method=coconut", raising=False)
+    status, commands = start()
+    assert status == 1
+    assert "method=coconut" in commands[-1]
+    assert "demo stopped: training, Coconut was stopped before its end" in capsys.readouterr().err
+    monkeypatch.setattr(script.Demo, "stop_at", None)
+    status, commands = start()
+    assert status == 0 and any("method=coconut" in words for words in commands)
 
 
 def test_a_command_that_fails_is_an_error(script, tmp_path, monkeypatch):

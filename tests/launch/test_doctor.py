@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -33,3 +34,9 @@ def test_a_full_disk_and_old_packages_are_faults(tmp_path: Path) -> None:
     with pytest.raises(doctor.Fault, match="not installed"):
         doctor.check_package("no-such-package", "1.0", do_import=False)
     assert doctor.numbers("2.14.0+cu130") == [2, 14, 0]
+
+
+def test_the_doctor_asks_for_what_an_installation_would(project: Path) -> None:
+    wanted = tomllib.loads((project / "pyproject.toml").read_text())["project"]["dependencies"]
+    for package in doctor.PACKAGES:
+        assert f"{package}>={doctor.least_version(package)}" in wanted

@@ -109,6 +109,8 @@ def test_another_configuration_does_not_go_on_and_none_starts_anew(home: Path, u
     folder = home / "runs" / "again"
     assert losses(other) != losses(rows)[:2]
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-00000001", "step-00000002"]
+    saved = [line.split("saved ")[1] for line in (folder / "log.txt").read_text().splitlines() if "saved " in line]
+    assert saved.count("runs/again/checkpoints/step-00000002") == 1  # due by steps, and the last
     kept = [json.loads(line) for line in (folder / "old-1" / "metrics.jsonl").read_text().splitlines()]
     assert losses(kept) == losses(rows)
     assert (folder / "old-1" / "checkpoints" / "step-00000003" / "state.json").is_file()

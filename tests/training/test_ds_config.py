@@ -48,7 +48,72 @@ def test_all_contradictions_come_at_once(tmp_path: Path) -> None:
         assert part in message, message
 
 
-@pytest.mark.parametrize("text", ["{", "[]"])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {"zero_optimisation": {"stage": 3}},
+            "zero_optimisation is no name that DeepSpeed knows; did you mean zero_optimization?",
+        ),
+        ({"bfloat16": {"enabled": True}}, "bfloat16 is no name that DeepSpeed knows; did you mean bf16?"),
+        ({"amp": {"enabled": True}}, "DeepSpeed refuses it: NVIDIA Apex AMP integration has been removed"),
+        (
+            {"zero_optimization": {"overlap_com": True}},
+            "zero_optimization.overlap_com is no name that DeepSpeed knows; did you mean overlap_comm?",
+        ),
+        (
+            {"zero_optimization": {"reduce_bucket_size": "many"}},
+            "zero_optimization.reduce_bucket_size is 'many'; DeepSpeed says: Input should be a valid integer",
+        ),
+        ({"fp16": {"los_scale": 0}}, "fp16.los_scale is no name that DeepSpeed knows"),
+        ({"prescale_gradients": "yes"}, "prescale_gradients is 'yes'; it has to be true or false"),
+        ({"gradient_predivide_factor": True}, "gradient_predivide_factor is True; it has to be a number"),
+        ({"tensorboard": {"enabeld": True}}, "\n  - tensorboard.enabeld is no name that DeepSpeed knows"),
+        ({"optimizer": {"type": "AdamX", "params": {}}}, "optimizer.type is 'AdamX'; choose AdamW, another"),
+        ({"optimizer": {"type": "Optimizers"}}, "optimizer.type is 'Optimizers'; choose AdamW, another"),
+        ({"optimizer": {}}, "optimizer.type is None; choose AdamW, another"),
+        ({"optimizer": {"type": "AdamW", "params": 3}}, "optimizer.params is 3; it has to be a JSON object"),
+        ({"optimizer": {"type": "AdamW", "params": [1]}}, "optimizer.params is [1]; it has to be a JSON object"),
+        (
+            {"optimizer": {"type": "SGD", "params": {"betas": [0.9, 0.9]}}},
+            "optimizer.params cannot be given to torch's SGD: SGD.__init__() got an unexpected keyword argument",
+        ),
+        (
+            {"optimizer": {"type": "AdamW", "params": {"torch_adam": True, "betas": [0.9, 1.5]}}},
+            "optimizer.params cannot be given to torch's AdamW: Invalid beta parameter at index 1: 1.5",
+        ),
+        (
+            {"optimizer": {"type": "AdamW", "params": {"betas": ["auto", 0.9]}}},
+            'optimizer.params.betas.0 is "auto", which has no meaning here',
+        ),
+    ],
+)
+def test_what_deepspeed_would_refuse_later_or_overlook(tmp_path: Path, change: dict, said: str) -> None:
+    with pytest.raises(ConfigError, match=r"ds\.json") as caught:
+        resolve(tmp_path, change)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"wall_clock_breakdown": True, "steps_per_print": 10, "gradient_predivide_factor": 2},
+        {"optimizer": {"type": "SGD", "params": {"momentum": 0.9}}, "zero_allow_untested_optimizer": True},
+        {"optimizer": {"type": "adam", "params": {"betas": [0.9, 0.95]}}, "communication_data_type": "fp32"},
+        {"flops_profiler": {"enabled": True}, "comms_logger": {"enabled": True}, "aio": {"thread_count": 2}},
+        {"csv_monitor": {"enabled": True}, "activation_checkpointing": {}, "data_types": {}, "timers": {}},
+        {"checkpoint": {"load_universal": True}, "wandb": {"enabled": False}, "zero_force_ds_cpu_optimizer": False},
+    ],
+)
+def test_what_deepspeed_knows_is_the_users_to_set(tmp_path: Path, change: dict) -> None:
+    resolved = resolve(tmp_path, change)
+    assert {name: resolved[name] for name in change if name != "optimizer"} == {
+        name: value for name, value in change.items() if name != "optimizer"
+    }
+    assert resolved["zero_optimization"] == {"stage": 0}  # where the file says nothing
+
+
+@pytest.mark.parametrize("text", ["{", "[]", pytest.param("[" * 100_000, id="deep")])
 def test_broken_files(tmp_path: Path, text: str) -> None:
     (tmp_path / "ds.json").write_text(text)
     with pytest.raises(ConfigError, match=r"ds\.json"):

@@ -39,6 +39,12 @@ def test_what_a_killed_replacement_moved_away_comes_back(tmp_path: Path) -> None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-1", "step-2"]
 
 
+def test_a_folder_that_cannot_be_made_is_an_error_of_the_configuration(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"file/run cannot be written to: Not a directory; choose another save_path"):
+        hold_run(tmp_path / "file" / "run")
+
+
 def test_one_run_at_a_time_in_a_folder_and_the_holder_is_named(tmp_path: Path, project: Path) -> None:
     code = "import sys, os; from pathlib import Path; from coconut.training.run_folder import hold_run\n"
     code += "hold_run(Path(sys.argv[1])); print(os.getpid(), flush=True); sys.stdin.read()"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
 from torch.utils.data import IterableDataset
 
-from coconut.config import Config
+from coconut.config import Config, load_config
+from coconut.training.inputs import training_mixture
 from coconut.training.stages import StageManager
 from coconut.types import ConfigError, EncodedText, StageSpec
 
@@ -53,6 +55,29 @@ def test_settings_of_single_stages_win() -> None:
     assert stages.settings(2).uniform_prob == 0.0
     assert stages.settings(2).advance_at is None
     assert stages.settings(1).uniform_prob == 0.1
+
+
+def test_cot_is_trained_as_stage_0_is_and_other_single_stages_as_the_run_says(project: Path) -> None:
+    demo = project / "args" / "demo.yaml"
+    coconut, cot, no_cot = (
+        StageManager.from_config(load_config(demo, validate=False, overrides=[f"method={method}"]))
+        for method in ("coconut", "cot", "no_cot")
+    )
+    assert cot.settings(0) == coconut.settings(0)
+    assert (cot.settings(0).learning_rate, cot.settings(0).epochs, cot.settings(0).advance_at) == (2e-3, 20, 0.99)
+    assert (no_cot.settings(0).learning_rate, no_cot.settings(0).epochs, no_cot.settings(0).advance_at) == (
+        1e-3,
+        8,
+        0.96,
+    )
+    longer = StageManager.from_config(Config({"method": "cot", "num_epochs": 10, "stages": {0: {"warmup_steps": 7}}}))
+    assert (longer.settings(0).epochs, longer.settings(0).warmup_steps) == (10, 7)  # what stage 0 leaves open
+
+
+def test_cot_reads_the_data_of_stage_0() -> None:
+    for method, path in (("cot", "zero"), ("no_cot", "run"), ("coconut", "zero")):
+        config = Config({"method": method, "train_data_path": "run", "stages": {0: {"train_data_path": "zero"}}})
+        assert training_mixture(config, StageManager.from_config(config), 0) == {path: 1.0}
 
 
 def test_impossible_numbers_are_named() -> None:
