@@ -7,6 +7,7 @@ that ages. DeepSpeed is imported inside the functions, since ``--help`` and most
 
 from __future__ import annotations
 
+import copy
 from collections.abc import KeysView
 from typing import Any, cast
 
@@ -34,7 +35,7 @@ def deepspeed_faults(resolved: dict[str, Any]) -> list[str]:
 
     faults = _optimizer_faults(resolved["optimizer"])
     # DeepSpeed would hold this size against the number of ranks of this very process.
-    asked = _Asked({name: value for name, value in resolved.items() if name != "train_batch_size"})
+    asked = _Asked({name: copy.deepcopy(value) for name, value in resolved.items() if name != "train_batch_size"})
     try:
         DeepSpeedConfig(asked)
     except ValidationError as error:
