@@ -43,3 +43,15 @@ def test_a_cut_gradient_is_seen(fault: str) -> None:
 @pytest.mark.parametrize("how", ["whole", "layers"])
 def test_answers_of_unlike_length_end_alike(how: str) -> None:
     assert run_ranks("tests.distributed.decoding_worker", how).count("answers equal") == 2
+
+
+@pytest.mark.parametrize("stage", ["0", "1", "2", "3"])
+def test_a_step_does_not_hang_on_how_it_is_cut(stage: str) -> None:
+    """Gradient norm, and so clipping, and the weights after the step: the same for one micro-batch and for four."""
+    found = []
+    for accumulation in ("1", "4"):
+        output = run_ranks("tests.distributed.accumulation_worker", stage, accumulation, ranks=1)
+        words = next(line for line in output.splitlines() if line.startswith("NORM")).split()
+        found.append([float(word) for word in words[1::2]])
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+    assert found[0][0] > 0.5, "it is clipped"
