@@ -55,11 +55,13 @@ def stage_geometry(config: Any, stage: int, state: TrainState) -> BatchGeometry:
 
 
 def _require_same(config: Any, state: TrainState, at_first: BatchGeometry, whole: int | None) -> None:
-    if config.balance == "cost" and state.slots not in (0, at_first.slots):
+    as_begun = (state.slots or at_first.slots, state.samples_per_step)
+    if config.balance == "cost" and as_begun != (at_first.slots, at_first.samples):
         raise ConfigError(
-            f"the run was started with {state.slots} micro-batches an optimizer step over {state.group} rank(s), "
-            f"and the configuration asks for {at_first.slots} over as many; set batch_size_training, "
-            "gradient_accumulation_steps and global_batch_size back, or start anew with resume=none"
+            f"the run was started with {as_begun[0]} micro-batches an optimizer step over {state.group} rank(s), of "
+            f"{as_begun[1]} samples together, and the configuration asks for {at_first.slots} over as many, of "
+            f"{at_first.samples}; set batch_size_training, gradient_accumulation_steps and global_batch_size back, or "
+            "start anew with resume=none"
         )
     if whole is not None and state.samples_per_step != at_first.samples:
         raise ConfigError(

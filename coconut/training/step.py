@@ -89,8 +89,8 @@ def take_step(
         with explaining_memory(watchdog, batch, config):
             # The engine averages over ranks: the sum over all label tokens of the step, divided by their number.
             output = engine(**to_device(batch, model.device), loss_only=True, num_items_in_batch=labels / world)
-            # A copy: without ZeRO, DeepSpeed 0.19.8 divides the gradient of the very tensor that forward returned by the
-            # accumulation even so (its hook on that tensor comes before the one that would tell it not to).
+            # A copy: without ZeRO, DeepSpeed 0.19.8 divides the gradient of the very tensor that forward returned by
+            # the accumulation even so (its hook on that tensor comes before the one that would tell it not to).
             engine.backward(output.loss.clone(), scale_wrt_gas=False)
             loss_sum += float(output.loss.detach()) * labels / world
             watchdog.enter("optimizer step", batch.keys)

@@ -54,4 +54,4 @@ def test_a_step_does_not_hang_on_how_it_is_cut(stage: str) -> None:
         words = next(line for line in output.splitlines() if line.startswith("NORM")).split()
         found.append([float(word) for word in words[1::2]])
     assert found[0] == pytest.approx(found[1], rel=1e-4)
-    assert found[0][0] > 0.5, "it is clipped"
+    assert found[0][0] > 3 or stage == "0", "it is clipped"
