@@ -105,8 +105,9 @@ class StreamLoader:
         stream: Iterable[Any] = self.pipeline
         pool = None
         if self.num_workers > 0:
-            # What waits in the queue, what is being filled (twice, where a sample drops out), what a step holds.
-            buffers_each = _PREFETCH + 3 + -(-self.accumulation // self.num_workers)
+            # What waits in the queue, what is being filled (twice, where a sample drops out), and two steps: the
+            # trainer still holds one while it collects the next.
+            buffers_each = _PREFETCH + 3 + 2 * -(-self.accumulation // self.num_workers)
             pool = self._pool = TilePool(self.num_workers, buffers_each)
             stream = DataLoader(
                 self.pipeline,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import os
 import weakref
 from dataclasses import dataclass
 
@@ -87,11 +88,12 @@ class TilePool:
         """The tiles, without a copy; their buffer is free again once nothing looks at it any more."""
         array = self._bytes(pooled.buffer, math.prod(pooled.shape))
         # Torch keeps this very array as long as any tensor, view or graph uses its memory.
-        weakref.finalize(array, self._free, pooled.buffer).atexit = False
+        weakref.finalize(array, self._free, pooled.buffer, os.getpid()).atexit = False
         return torch.from_numpy(array).view(pooled.shape)
 
-    def _free(self, buffer: int) -> None:
-        self._in_use[buffer] = 0
+    def _free(self, buffer: int, owner: int) -> None:
+        if os.getpid() == owner:  # not a child that was forked meanwhile, and drops its copy of the tensor
+            self._in_use[buffer] = 0
 
     def _free_buffers(self, worker: int) -> list[int]:
         first = worker * self.buffers_each

@@ -27,7 +27,7 @@ from coconut.data.stream import StreamLoader
 from coconut.data.token_counts import sample_lengths, tokens_name
 from coconut.training.stages import StageManager
 from coconut.types import ConfigError, DataError, SourceError
-from coconut.utils.distributed import get_rank, get_world_size, on_main_first
+from coconut.utils.distributed import all_gather_object, get_rank, get_world_size, on_main_first
 from coconut.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -45,6 +45,7 @@ class Split:
     tails_N: NDArray[np.float64]  # tokens of steps and answer, which tokens_N count too
     #: File that the tokens are taken from; None: estimated from characters. Of several sets, that of each.
     token_counts: str | dict[str, str | None] | None
+    digests: dict[str, str]  # of each set (`ShardIndex.digest`)
 
     def __len__(self) -> int:
         return len(self.tokens_N)
@@ -130,8 +131,13 @@ def open_sets(config: Any, key: str, paths: Iterable[str], encoder: SampleEncode
             f"{key}: {' and '.join(readers)} holds {count}, fewer than the {get_world_size()} ranks of this run; "
             "give more data or start fewer ranks"
         )
+    digests = {path: reader.index.digest() for path, reader in readers.items()}
+    if any(others != digests for others in all_gather_object(digests)):
+        raise DataError(
+            f"{key}: {' and '.join(readers)} is not the same data on every rank; copy it to all machines anew"
+        )
     token_counts = counts if len(counts) > 1 else next(iter(counts.values()))
-    return Split(ShardSets(readers, limit), tokens_N, tails_N, token_counts)
+    return Split(ShardSets(readers, limit), tokens_N, tails_N, token_counts, digests)
 
 
 def _look_at_some(reader: ShardReader, key: str, encoder: SampleEncoder) -> None:

@@ -78,10 +78,13 @@ class MultimodalCoTTrainer:
         encoder = SampleEncoder(tokenizer, image_processor, template, model.tokens_per_patch, config.max_length)
         self.collator = MultimodalCollator(tokenizer, image_processor, model.latent_token_id, config.pad_to_multiple_of)
         self.inputs = TrainingInputs(config, encoder, self.collator, self.stages, model.latent_ids)
-        # The plan hangs on costs: a resumed run must not begin to take them from counts made in between.
-        costs_from = {"token_counts": self.inputs.train.token_counts if self.inputs.train is not None else None}
+        # The plan hangs on data and costs: a resumed run must not begin to take these from counts made in between.
+        train = self.inputs.train
+        data = (
+            {} if train is None else {"token_counts": train.token_counts, "contents of train_data_path": train.digests}
+        )
         self.checkpoints = CheckpointFolder(
-            self.run_dir / "checkpoints", config.max_checkpoints, fixed_settings(config) | costs_from
+            self.run_dir / "checkpoints", config.max_checkpoints, fixed_settings(config) | data
         )
         self.log = RunLog(self.run_dir, self.stages)
         self.bad_samples = BadSampleReport(self.run_dir, config.max_bad_fraction)

@@ -55,3 +55,17 @@ class TestRuns:
         assert 1 <= first["cost_mean"] < first["random_cost_mean"] and first["padding"] < first["random_padding"]
         assert f"{A}: 90 samples an epoch (75.0%)" in unbroken.text
         assert "costliest rank of a micro-step" in unbroken.text
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_other_data_under_the_same_name_are_refused(home: Path, texts: Path) -> None:
+    path = home / "data" / "changing.json"
+    records = json.loads(texts.read_text())
+    path.write_text(json.dumps(records))
+    options = ("train_data_path=data/changing.json", *OPTIONS)
+    run(home, "swapped", *options, "max_steps=1", ranks=1)
+    path.write_text(json.dumps(records[::-1]))
+    refused = start(home, "swapped", *options, "max_steps=2", ranks=1)
+    assert refused.finish() == [2]
+    assert "contents of train_data_path was" in refused.text
