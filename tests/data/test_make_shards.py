@@ -151,6 +151,7 @@ def killed_at_sync(main, n: int, arguments: tuple) -> bool:
 
 
 @pytest.mark.parametrize("over_old", [False, True])
+@pytest.mark.slow
 def test_killed_anywhere_it_leaves_no_half_set_and_goes_on(main, data, tmp_path, capfd, over_old: bool) -> None:
     few = tmp_path / "few.jsonl"
     few.write_text("".join(data.read_text().splitlines(keepends=True)[:16]))
@@ -250,6 +251,7 @@ def members_of_group(group: int) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 def test_workers_end_with_their_killed_parent(main, data, tmp_path) -> None:
     records = [json.loads(line) for line in data.read_text().splitlines()]
     long = tmp_path / "long.jsonl"

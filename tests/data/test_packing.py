@@ -46,6 +46,7 @@ def short_search():
     epoch=st.integers(0, 2),
     length=st.none() | st.integers(1, 400),
 )
+@pytest.mark.slow
 def test_each_sample_once_and_no_rank_differs_in_its_steps(
     short_search, kind, n, balance, group, rounds, batch, epoch, length
 ) -> None:
@@ -84,6 +85,7 @@ def test_each_sample_once_a_pass_in_epochs_of_any_length(short_search, n, length
     assert sorted(row[:n]) == sorted(row[n : 2 * n]) == list(range(n))
 
 
+@pytest.mark.slow
 def test_slots_that_run_together_cost_the_same_and_pad_little() -> None:
     prompts, tails = sizes_of("images", 20_000)
     costs = prompts + tails
@@ -131,6 +133,7 @@ def test_composition_of_steps_is_a_shuffles(group: int, rounds: int, batch: int)
     assert np.sqrt(np.mean(np.square(correlations))) < 1.7 * len(plan) ** -0.5, "more than chance"
 
 
+@pytest.mark.slow
 def test_slots_of_samples_of_one_length_are_alike() -> None:
     plan = make_plan(np.ones(4096), seed=0, epoch=0, slots=32, samples_per_step=128, balance="cost", group=8)
     assert {len(slot) for step in range(len(plan)) for slot in plan.step(step)} == {4}

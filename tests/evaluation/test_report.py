@@ -75,6 +75,7 @@ def demo(tmp_path: Path, write_evaluation: Write, write_run: Write) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_demo_command_makes_a_page_that_holds_all_it_shows(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = demo / "report"
     words = ["--out", str(out), "--run", f"Coconut={demo / 'coconut'}", f"no-CoT={demo / 'no_cot'}"]

@@ -89,6 +89,7 @@ def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_the_script_prints_keys_that_the_plan_follows(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--config", str(config_file), "--seconds", "4"]) == 0
     said = capsys.readouterr().out

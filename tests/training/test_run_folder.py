@@ -45,6 +45,7 @@ def test_a_folder_that_cannot_be_made_is_an_error_of_the_configuration(tmp_path:
         hold_run(tmp_path / "file" / "run")
 
 
+@pytest.mark.slow
 def test_one_run_at_a_time_in_a_folder_and_the_holder_is_named(tmp_path: Path, project: Path) -> None:
     code = "import sys, os; from pathlib import Path; from coconut.training.run_folder import hold_run\n"
     code += "hold_run(Path(sys.argv[1])); print(os.getpid(), flush=True); sys.stdin.read()"

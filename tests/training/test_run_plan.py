@@ -78,6 +78,7 @@ def test_shares_of_all_passes_are_waited_for_though_gradients_go_at_once() -> No
     assert passes.peak["gradients"] > 0.8 * layers
 
 
+@pytest.mark.slow
 def test_checkpointing_holds_less_and_a_longer_batch_more() -> None:
     wide = dict(num_hidden_layers=6)
     plain, kept = (planned(checkpointing=flag, **wide).memory(1, ZeroSettings()) for flag in (False, True))
