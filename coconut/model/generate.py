@@ -135,9 +135,9 @@ def think_then_decode(
         columns: those that hold a latent in some row.
         extra: transformers' further arguments of `generate`, such as a streamer.
     """
-    was_training = model.training
+    was_training, held = model.training, model.text_weights_held
     model.eval()
-    with gathered(model.text_parameters if model.text_weights_held else []):
+    with gathered(model.text_parameters if held else []):
         visual_features, _, n_calls = model.before_the_loop(input_ids, columns, pixel_values, visual_features)
         # One column more than the passes need, the last, which transformers' decoding takes.
         missing = (n_calls or 1) + len(columns) + 1 - input_ids.shape[1]
@@ -154,7 +154,6 @@ def think_then_decode(
         model.backbone.prepare_decoding(input_ids, mask)
         # A rank that holds the weights stops when its own rows are answered; with partitioned weights all ranks make as
         # many steps as the slowest.
-        held = model.text_weights_held
         with without_zero_hooks(model.base_model, when=held):
             ids: Tensor = model.base_model.generate(
                 input_ids=input_ids,
@@ -199,9 +198,9 @@ def forward_from_cache(
         )
     if position_ids is None and model.backbone.counts_positions:
         position_ids = model.backbone.position_ids(input_ids, attention_mask)[:, -n_new:]
-    if model.text_weights_held and torch.is_grad_enabled():
-        raise ConfigError("past_key_values are for inference; under ZeRO-3 call forward in torch.no_grad() then")
     held = model.text_weights_held
+    if held and torch.is_grad_enabled():
+        raise ConfigError("past_key_values are for inference; under ZeRO-3 call forward in torch.no_grad() then")
     with gathered(model.text_parameters if held else []), without_zero_hooks(model.base_model, when=held):
         return model.base_model(
             input_ids=input_ids,

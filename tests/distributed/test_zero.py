@@ -10,7 +10,7 @@ from tests.distributed.launcher import run_ranks
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
-SITUATIONS = "200" if os.environ.get("COCONUT_FULL_TESTS") else "12"
+SITUATIONS = "200" if os.environ.get("COCONUT_FULL_TESTS") else "24"
 
 
 @pytest.mark.parametrize(
