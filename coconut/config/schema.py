@@ -330,6 +330,11 @@ class Schema(BaseModel):
     save_every_n_steps: Steps | None = Field(
         None, ge=1, description="also save each time so many optimizer steps are done; null = at epochs' ends only"
     )
+    async_checkpoints: bool = Field(
+        False,
+        description="write checkpoints inside a stage while training goes on, from a copy in the host's memory (12 "
+        "bytes a trained parameter, divided by the ranks); a stage's end and a stop wait for theirs",
+    )
     save_only_improve: bool = Field(
         False, description="inside a stage, save after each validation that got better, and only then"
     )

@@ -28,7 +28,7 @@ from coconut.model.backbones import BACKBONES, backbone_class, original_internvl
 from coconut.model.backbones.base import Backbone
 from coconut.model.backbones.internvl import InternVLBackbone
 from coconut.types import CheckpointError, ConfigError, PromptTemplate, StageSpec
-from coconut.utils.distributed import get_world_size, init_distributed_training
+from coconut.utils.distributed import get_world_size, init_distributed_training, is_of_lost_rank
 from coconut.utils.logging import get_logger
 from coconut.utils.tokenizer import load_tokenizer, special_token_ids
 
@@ -60,6 +60,8 @@ def load_model(cls: type[MultimodalCoconut], model_id: str | Path, config: Any =
         else:
             base_model = adapter.auto_class.from_pretrained(str(model_id), **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if is_of_lost_rank(error):  # nothing is wrong with the weights: the scheduler may start the run again
+            raise
         raise CheckpointError(f"cannot load weights from {str(model_id)!r}: {error}") from error
     init_token = getattr(config, "latent_init_token", None) if config is not None else None
     _add_embeddings(base_model, tokenizer, (start_id, latent_id, end_id), init_token)

@@ -5,7 +5,8 @@ RUN/checkpoints/step-00001250/state.json                   TrainState, counters,
 RUN/checkpoints/step-00001250/manifest.json                size and SHA-256 of each file; written last
 RUN/checkpoints/.step-00001250.partial/                    one that is being written, or whose writer died
 
-write in .partial -> fsync -> manifest from every rank's sums -> fsync -> rename -> remove what is too old
+copy in memory  | write in .partial -> fsync | manifest of every rank's sums -> fsync -> rename -> remove the old
+a step boundary | a thread of each rank      | the step boundary that finds every rank's thread done
 """
 
 from __future__ import annotations
@@ -14,13 +15,15 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 
-from coconut.training.pieces import engine_numbers, local_bytes, read_pieces, world_note, write_pieces
+from coconut.training.pieces import PiecesCopy, copy_pieces, engine_numbers, local_bytes, read_pieces, world_note
 from coconut.training.run_folder import replace_folder, sync, write_json
 from coconut.training.state import TrainState
 from coconut.types import CheckpointError, ConfigError
@@ -55,6 +58,16 @@ class Checkpoint:
     numbers: dict[str, Any]  # the engine's counters and loss scale
 
 
+@dataclass(frozen=True)
+class Unfinished:
+    """A checkpoint that is being written; it becomes one when every rank's file is on the disk."""
+
+    partial: Path
+    final: Path
+    content: dict[str, Any]  # of state.json, as it was at the step boundary
+    own_file: Future[dict[str, Any]]  # name -> sum of this rank's file
+
+
 class CheckpointFolder:
     """The checkpoints of one run.
 
@@ -68,6 +81,10 @@ class CheckpointFolder:
         self.folder = folder
         self.keep = keep
         self.run = run
+        self.saved: dict[str, Any] | None = None  # the state in the newest that this process completed
+        self._unfinished: Unfinished | None = None
+        # Joined when the interpreter ends: a write that was begun is not cut off by a run that ends in an error.
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
 
     def save(self, engine: Any, state: TrainState, score: float | None = None) -> Path:
         """Write a checkpoint; every rank must call it. Nothing older is touched until it is complete.
@@ -78,25 +95,72 @@ class CheckpointFolder:
         Raises:
             CheckpointError: on every rank, when the disk is too full or a rank cannot write.
         """
+        final = self.begin(engine, state, score)
+        self.finish()
+        return final
+
+    def begin(self, engine: Any, state: TrainState, score: float | None = None) -> Path:
+        """The first half of `save`: copy what there is to write, and leave the writing to a thread.
+
+        Training may go on at once. An earlier one that is still being written is finished first.
+
+        Raises:
+            CheckpointError: on every rank, when the disk is too full.
+        """
+        self.settle()
         final = self.folder / f"step-{state.step:08d}"
         partial = self.folder / f".{final.name}.partial"
         on_main_first(lambda: _or_checkpoint_error(lambda: self._make_room(partial), final))
         try:
             self._need_space(sum(all_reduce_sum([float(local_bytes(engine))])), final)
-            files = _write_files(engine, partial, final)
         except CheckpointError:
-            if is_main_process():
-                shutil.rmtree(partial, ignore_errors=True)
+            _remove(partial)
             raise
         content = {
-            "state": state.to_dict(),
+            "state": deepcopy(state.to_dict()),
             "world_size": get_world_size(),
             "run": self.run,
             "engine": engine_numbers(engine),
             "score": score,
         }
-        on_main_first(lambda: _or_checkpoint_error(lambda: self._commit(partial, final, files, content), final))
+        own_file = self._writer.submit(_write_file, copy_pieces(engine), partial)
+        self._unfinished = Unfinished(partial, final, content, own_file)
         return final
+
+    @property
+    def is_written(self) -> bool:
+        """Whether this rank has done its part of a checkpoint that is not finished yet."""
+        return self._unfinished is not None and self._unfinished.own_file.done()
+
+    def finish(self) -> Path | None:
+        """The second half of `save`: wait for every rank's file, and make it a checkpoint; every rank must call it.
+
+        Returns:
+            the checkpoint; None where none was being written.
+
+        Raises:
+            CheckpointError: on every rank, when a rank could not write.
+        """
+        unfinished, self._unfinished = self._unfinished, None
+        if unfinished is None:
+            return None
+        partial, final, content = unfinished.partial, unfinished.final, unfinished.content
+        try:
+            files = _gather_sums(unfinished.own_file, final)
+        except CheckpointError:
+            _remove(partial)
+            raise
+        on_main_first(lambda: _or_checkpoint_error(lambda: self._commit(partial, final, files, content), final))
+        self.saved = content["state"]
+        return final
+
+    def settle(self) -> None:
+        """As `finish`, for a checkpoint that training can do without: that it failed is logged."""
+        try:
+            if (path := self.finish()) is not None:
+                logger.info("complete: %s", path)
+        except CheckpointError as error:
+            logger.warning("training goes on without a checkpoint: %s", error)
 
     def _make_room(self, partial: Path) -> None:
         self._prune()  # a run that is told to keep fewer than before may need their place
@@ -137,7 +201,8 @@ class CheckpointFolder:
     def newest_valid(self, look_only: bool = False) -> Path | None:
         """The newest checkpoint whose files are what their writers wrote; every rank must call it.
 
-        Says why it passed over others. None where there are no checkpoints at all.
+        Says why it passed over others. None where there are no checkpoints at all. One that this process is still
+        writing is finished first.
 
         Args:
             look_only: leave unfinished ones where they are.
@@ -145,6 +210,7 @@ class CheckpointFolder:
         Raises:
             CheckpointError: there are some, and all are damaged.
         """
+        self.settle()
         names = on_main_first(lambda: self._candidates(look_only))
         for name in names:
             fault = fault_of(self.folder / name)
@@ -195,14 +261,24 @@ def _sum_of(path: Path) -> dict[str, Any]:
         return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": path.stat().st_size}
 
 
-def _write_files(engine: Any, partial: Path, final: Path) -> dict[str, Any]:
-    """Write this rank's file, and return name and sum of every rank's."""
+def _remove(partial: Path) -> None:
+    if is_main_process():
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_file(pieces: PiecesCopy, partial: Path) -> dict[str, Any]:
+    """Write this rank's file; returns its name and sum."""
+    path = pieces.write(partial)
+    sync(path)
+    return {path.name: _sum_of(path)}
+
+
+def _gather_sums(own_file: Future[dict[str, Any]], final: Path) -> dict[str, Any]:
+    """Name and sum of every rank's file, once all are on the disk."""
     entry: dict[str, Any] = {}
     fault = None
     try:
-        path = write_pieces(engine, partial)
-        sync(path)
-        entry = {path.name: _sum_of(path)}
+        entry = own_file.result()
     except (OSError, SafetensorError) as error:
         fault = f"rank {get_rank()}: {error}"
     gathered = all_gather_object((entry, fault))

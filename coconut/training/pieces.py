@@ -183,8 +183,22 @@ def local_bytes(engine: Any) -> int:
     )
 
 
-def write_pieces(engine: Any, folder: Path) -> Path:
-    """This rank's file in `folder`; each rank writes its own."""
+@dataclass(frozen=True)
+class PiecesCopy:
+    """This rank's pieces as they were when copied, in the memory of the host."""
+
+    tensors: dict[str, torch.Tensor]
+    places: dict[str, Any]
+
+    def write(self, folder: Path) -> Path:
+        """This rank's file in `folder`; each rank writes its own."""
+        path = folder / FILE_NAME.format(get_rank())
+        save_file(self.tensors, path, metadata={"places": json.dumps(self.places)})
+        return path
+
+
+def copy_pieces(engine: Any) -> PiecesCopy:
+    """What this rank has to write, apart from the engine's memory: training may go on while it is written."""
     tensors, places = {}, {}
     for piece in pieces(engine):
         if not piece.writes or not piece.numel:
@@ -192,9 +206,7 @@ def write_pieces(engine: Any, folder: Path) -> Path:
         for kind, tensor in {WEIGHT: piece.weight, **piece.moments()}.items():
             tensors[f"{kind}/{piece.name}"] = tensor.to("cpu", copy=True)  # safetensors refuses views of one memory
         places[piece.name] = {"start": piece.start, "numel": piece.numel, "scalars": piece.scalars()}
-    path = folder / FILE_NAME.format(get_rank())
-    save_file(tensors, path, metadata={"places": json.dumps(places)})
-    return path
+    return PiecesCopy(tensors, places)
 
 
 def engine_numbers(engine: Any) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from coconut.data.bad_samples import bad_samples_of
 from coconut.model import MultimodalCoconut
 from coconut.training.anomalies import guarded_update
 from coconut.training.bad_samples import BadSampleReport
+from coconut.training.checkpoint import CheckpointFolder
 from coconut.training.memory import explaining_memory
 from coconut.training.stop import StopRequests
 from coconut.training.validation import to_device
@@ -34,10 +35,13 @@ class StepPlan:
     patches: int
     bad_samples: int  # left out of these batches
     new_bad_samples: int  # of which the run's report does not name
+    written: int  # ranks that have written their part of an unfinished checkpoint
     stop_reason: str | None  # why nobody takes this step
 
 
-def agree(micro_batches: Sequence[Batch], stops: StopRequests, report: BadSampleReport) -> StepPlan:
+def agree(
+    micro_batches: Sequence[Batch], stops: StopRequests, report: BadSampleReport, checkpoints: CheckpointFolder
+) -> StepPlan:
     """Add up what the ranks bring, and whether one of them was asked to stop."""
     bad = bad_samples_of(micro_batches)
     counts = {
@@ -48,6 +52,7 @@ def agree(micro_batches: Sequence[Batch], stops: StopRequests, report: BadSample
         "patches": sum(int(b.tensors["num_patches"].sum()) for b in micro_batches if "num_patches" in b.tensors),
         "bad_samples": len(bad),
         "new_bad_samples": len(report.unnamed(bad)),
+        "written": int(checkpoints.is_written),
     }
     sums = all_reduce_sum([*map(float, counts.values()), *stops.flags()])
     totals = {name: int(total) for name, total in zip(counts, sums, strict=False)}

@@ -126,6 +126,7 @@ class MultimodalCoTTrainer:
         """
         with noting_signals(), self.watchdog:
             self._train()
+            self.checkpoints.settle()
 
     def _train(self) -> None:
         engine, last = self.engine, self.stages.stages[-1]
@@ -173,13 +174,20 @@ class MultimodalCoTTrainer:
             state.stage_epoch, state.epoch, state.epoch_step = state.stage_epoch + 1, state.epoch + 1, 0
             metrics = self._after_step(epoch_ended=True)
             is_due = not self.config.save_only_improve and state.stage_epoch % self.config.save_every_n_epochs == 0
-            if is_due and not state.stage_done:
+            if (is_due or self._is_save_due()) and not state.stage_done:
                 self._save_if_possible(metrics)
         if state.stage_done:
             self.log.stage_end(state)
             on_main_first(lambda: settle_best(self.run_dir, stage, state.best_step))
             self._export(f"stage_{stage}")
-        self.save_checkpoint(state.epoch, self._metrics_now())
+        self.checkpoints.settle()
+        if self.checkpoints.saved != state.to_dict():
+            self.save_checkpoint(state.epoch, self._metrics_now())
+
+    def _is_save_due(self) -> bool:
+        """Whether `save_every_n_steps` asks for a checkpoint of this step."""
+        every = self.config.save_every_n_steps
+        return every is not None and self.state.step % every == 0
 
     def _set_geometry(self) -> None:
         """The step of the stage that begins, or goes on."""
@@ -255,7 +263,6 @@ class MultimodalCoTTrainer:
         position = self.state.epoch_step
         batches = (as_batch(item) for item in dataloader)
         is_ours = steps is not None  # else somebody's own data: no place in a plan of ours, no stage's end
-        save_every = self.config.save_every_n_steps
         begin = time.perf_counter()
         while not self._is_over() and not (is_ours and self.state.stage_done):
             self.watchdog.enter("loading a batch")
@@ -271,8 +278,7 @@ class MultimodalCoTTrainer:
                 self.log.training(self.state, window, engine, steps)
                 window = Totals()
             metrics = self._after_step(epoch_ended=False) if is_ours else {}
-            is_due = save_every is not None and self.state.step % save_every == 0
-            if is_due and not (at_end or self.state.stage_done or self._is_over()):
+            if self._is_save_due() and not (at_end or self.state.stage_done or self._is_over()):
                 self._save_if_possible(metrics)
             begin = time.perf_counter()
         if not is_ours:
@@ -288,7 +294,9 @@ class MultimodalCoTTrainer:
         """One optimizer step on all ranks; False, and nothing done, when a rank has no batch left or a stop is due."""
         engine, state, config = self.engine, self.state, self.config
         self.watchdog.enter("waiting for the other ranks", [key for batch in micro_batches for key in batch.keys])
-        plan = agree(micro_batches, self.stops, self.bad_samples)
+        plan = agree(micro_batches, self.stops, self.bad_samples, self.checkpoints)
+        if plan.written == get_world_size():
+            self.checkpoints.settle()
         self.stop_reason = plan.stop_reason
         if plan.stop_reason is not None or plan.batches < accumulation * get_world_size():
             return False
@@ -381,17 +389,23 @@ class MultimodalCoTTrainer:
         Raises:
             CheckpointError: the disk is full, or a rank cannot write; older checkpoints are untouched.
         """
+        self._save(self.checkpoints.save, "saved", epoch, metrics)
+
+    def _save(self, write: Any, done: str, epoch: int, metrics: dict[str, float]) -> None:
         self.watchdog.enter("saving a checkpoint")
         metric = self.config.validation_metric
         score = -metrics[metric] if metric == "loss" and metric in metrics else metrics.get(metric)
-        path = self.checkpoints.save(self.engine, self.state, score)
+        path = write(self.engine, self.state, score)
         accuracy = f", accuracy {metrics['accuracy']:.1%}" if "accuracy" in metrics else ""
-        logger.info("epoch %d: saved %s%s", epoch, path, accuracy)
+        logger.info("epoch %d: %s %s%s", epoch, done, path, accuracy)
 
     def _save_if_possible(self, metrics: dict[str, float]) -> None:
         """A checkpoint that training can do without: there are older ones, and more to come."""
         try:
-            self.save_checkpoint(self.state.epoch, metrics)
+            if self.config.async_checkpoints:
+                self._save(self.checkpoints.begin, "writing, while training goes on,", self.state.epoch, metrics)
+            else:
+                self.save_checkpoint(self.state.epoch, metrics)
         except CheckpointError as error:
             logger.warning("training goes on without a checkpoint: %s", error)
 

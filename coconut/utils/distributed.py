@@ -170,6 +170,13 @@ def all_gather_object(obj: T) -> list[T]:
     return gathered
 
 
+def is_of_lost_rank(error: BaseException) -> bool:
+    """Whether a collective failed because another rank is gone. NCCL has types for that, gloo a plain RuntimeError."""
+    import torch.distributed as dist
+
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))
+
+
 def on_main_first(action: Callable[[], T]) -> T:
     """The main process's result of `action`, on every rank; its CoconutError is raised on every rank.
 

@@ -2,13 +2,16 @@
 
 A fault is ``kind@rank:step,step...``, several separated by blanks; a rank of ``*`` is every rank. Steps count the
 optimizer steps that were begun, from 0. Kinds: nan (the loss), gradient (not finite, the loss is), spike, stuck, die,
-memory; and save, which dies at the n-th fsync or rename, that is inside the writing of a checkpoint, export or marker.
+memory; save, which dies at the n-th fsync or rename, that is inside the writing of a checkpoint, export or marker;
+load, which dies where the weights are about to be read; and slow, in which each fsync of a thread takes so many tenths
+of a second, so that steps go on under it.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -25,6 +28,10 @@ def build_in(faults: str, rank: int) -> None:
         of_rank, _, steps = where.partition(":")
         if kind == "save" and of_rank in ("*", str(rank)):
             _die_at_write(int(steps))
+        elif kind == "load" and of_rank in ("*", str(rank)):
+            _die_before_weights()
+        elif kind == "slow" and of_rank in ("*", str(rank)):
+            _write_slowly(int(steps) / 10)
         elif of_rank in ("*", str(rank)):
             plan |= {int(step): kind for step in steps.split(",")}
     if not plan:
@@ -74,6 +81,29 @@ def _die_at_write(number: int) -> None:
     os.fsync = dying(os.fsync)
     Path.rename = dying(Path.rename)
     Path.replace = dying(Path.replace)
+
+
+def _die_before_weights() -> None:
+    from coconut.model import loading
+
+    enter = loading._enter_zero3
+
+    def dying(*args: Any) -> None:
+        enter(*args)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    loading._enter_zero3 = dying
+
+
+def _write_slowly(seconds: float) -> None:
+    fsync = os.fsync
+
+    def slow(descriptor: int) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            time.sleep(seconds)
+        fsync(descriptor)
+
+    os.fsync = slow
 
 
 def _stuck(loss: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ import torch
 
 from coconut.training.anomalies import guarded_update
 from coconut.training.engine import reset_optimizer
-from coconut.training.pieces import engine_numbers, local_bytes, pieces, read_pieces, write_pieces
+from coconut.training.pieces import copy_pieces, engine_numbers, local_bytes, pieces, read_pieces
 from coconut.utils.distributed import all_gather_object, barrier, get_rank, init_distributed_training
 from tests.distributed.parity_worker import REALLY_PARTITIONED
 
@@ -94,7 +94,7 @@ def main(folder: Path, dtype: str, moves: list[str]) -> None:
             if get_rank() == 0:
                 folder.mkdir()
             barrier()
-            path = write_pieces(engine, folder)
+            path = copy_pieces(engine).write(folder)
             assert 0 <= path.stat().st_size - local_bytes(engine) < 4000
             if get_rank() == 0:
                 (folder / "numbers.json").write_text(json.dumps(engine_numbers(engine)))

@@ -9,6 +9,7 @@ import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Event, Timer
 
 import pytest
 import torch
@@ -124,6 +125,66 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-7])
 
 
+@pytest.fixture
+def slow_disk(checkpoints: CheckpointFolder) -> Iterator[Event]:
+    """The thread that writes waits for this."""
+    go = Event()
+    checkpoints._writer.submit(go.wait, 60)
+    yield go
+    go.set()
+
+
+def test_what_is_written_is_what_was_there_at_the_step_boundary(
+    checkpoints: CheckpointFolder, engine: Engine, slow_disk: Event
+) -> None:
+    expected, state = [tensor.detach().clone() for tensor in engine.everything()], TrainState(step=1)
+    state.recent_losses.append(2.0)
+    checkpoints.begin(engine, state)
+    assert not checkpoints.is_written
+    engine.step()
+    state.step = 2
+    state.recent_losses.append(1.0)
+    assert names(checkpoints) == []  # no reader takes it for whole yet
+    slow_disk.set()
+    folder = checkpoints.finish()
+    assert folder is not None and names(checkpoints) == [folder.name]
+    found, other = read_checkpoint(folder, RUN), Engine()
+    load_checkpoint(other, found)
+    assert (found.state.step, found.state.recent_losses, other.global_steps) == (1, [2.0], 1)
+    for left, right in zip(expected, other.everything(), strict=True):
+        assert torch.equal(left, right)
+
+
+def test_the_next_save_waits_for_the_one_that_is_being_written(
+    checkpoints: CheckpointFolder, engine: Engine, slow_disk: Event
+) -> None:
+    checkpoints.begin(engine, TrainState(step=1))
+    Timer(0.2, slow_disk.set).start()
+    checkpoints.save(engine, TrainState(step=2))
+    assert names(checkpoints) == ["step-00000001", "step-00000002"]
+    assert checkpoints.newest_valid() == checkpoints.folder / "step-00000002"
+    checkpoints.begin(engine, TrainState(step=3))
+    assert checkpoints.newest_valid() == checkpoints.folder / "step-00000003"  # a rollback goes back to it
+
+
+def test_a_write_that_fails_in_the_background_is_said_and_leaves_the_older_ones(
+    checkpoints: CheckpointFolder, engine: Engine, slow_disk: Event, said_warnings: list[str]
+) -> None:
+    slow_disk.set()
+    checkpoints.save(engine, TrainState(step=1))
+    go = Event()
+    checkpoints._writer.submit(go.wait, 60)
+    checkpoints.begin(engine, TrainState(step=2))
+    (checkpoints.folder / ".step-00000002.partial").rmdir()
+    go.set()
+    checkpoints.settle()
+    assert "training goes on without a checkpoint" in said_warnings[-1] and "step-00000002" in said_warnings[-1]
+    assert names(checkpoints) == ["step-00000001"]
+    assert checkpoints.saved is not None and checkpoints.saved["step"] == 1
+    checkpoints.save(engine, TrainState(step=3))
+    assert names(checkpoints) == ["step-00000001", "step-00000003"]
+
+
 @pytest.mark.parametrize(
     ("file", "damage", "said"),
     [
@@ -188,10 +249,10 @@ def test_a_write_that_fails_leaves_the_older_ones(
 ) -> None:
     older = checkpoints.save(engine, TrainState(step=1))
 
-    def no_space(*_: object) -> Path:
+    def no_space(*_: object, **__: object) -> Path:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("coconut.training.checkpoint.write_pieces", no_space)
+    monkeypatch.setattr("coconut.training.pieces.save_file", no_space)
     with pytest.raises(CheckpointError, match=r"rank 0: .*No space left on device.*untouched"):
         checkpoints.save(engine, TrainState(step=2))
     assert checkpoints.newest_valid() == older

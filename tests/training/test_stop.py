@@ -64,3 +64,19 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(home: Path, number: si
     again = run(home, name, "max_steps=20", "stages.0.epochs=5")
     assert [row["step"] for row in again.rows()] == list(range(1, 21))
     assert not (again.folder / STOPPED_FILE).exists()
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_save_due_at_an_epochs_end_is_made_and_a_stop_does_not_make_it_twice(home: Path) -> None:
+    """An epoch has four steps; epochs save of themselves only every fifth time."""
+    run_ = start(home, "due", "max_steps=200", "stages.0.epochs=50", "save_every_n_steps=1", "max_checkpoints=100")
+    fifth = run_.folder / "checkpoints" / "step-00000005"
+    while not fifth.is_dir() and run_.processes[0].is_alive():
+        time.sleep(0.005)
+    os.kill(run_.processes[0].pid, signal.SIGTERM)
+    assert run_.finish() == [0, 0]
+    last = json.loads((run_.folder / STOPPED_FILE).read_text())["step"]
+    names = sorted(path.name for path in (run_.folder / "checkpoints").glob("step-*"))
+    assert names == [f"step-{step:08d}" for step in range(1, last + 1)]
+    assert run_.text.count(f"saved runs/due/checkpoints/step-{last:08d}") == 1
