@@ -49,6 +49,7 @@ CASES = {
     "zero2": Case(_WIDE, zero="zero2", ranks=2),
     "zero3": Case(_WIDE, zero="zero3", ranks=2),
     "zero3-layers": Case(replace(_WIDE, batch=1, layers=8), zero="zero3", ranks=2, max_live=5_000_000),
+    "zero3-cot": Case(replace(_WIDE, batch=1, layers=8, latents=0), zero="zero3", ranks=2, max_live=5_000_000),
     "bf16": Case(replace(_WIDE, dtype="bfloat16"), zero="zero2", ranks=2),
 }
 _SMALL = dict(layers=1, hidden=64, mlp=64, vocab=512, prefix=16, batch=1, latents=1, labels=4)

@@ -2,7 +2,7 @@
 
     data -> Coconut, stage by stage -> no-CoT, as many steps -> evaluations -> report
 
-    OUT/model/            the tiny model that every run starts from
+    OUT/model/            the tiny model that every run starts from (no_cot_deep: OUT/model_deep/)
     OUT/coconut/          Coconut's run folder; stage_0 is the CoT model, final the one that thinks in latent space
     OUT/no_cot_lr.../     answers without reasoning
     OUT/METHOD/           further methods, where --methods asks for them (docs/methods.md)
@@ -44,8 +44,11 @@ QUICK = (
 )
 
 
+#: No-CoT with as many layers one after the other as Coconut's passes have: that of the prompt and one a thought.
+DEEP_NO_COT, DEEP_LAYERS = "no_cot_deep", (1 + 4) * 3
 #: Further methods of docs/methods.md, and what each needs beside its name. A step of the maze has four tokens.
 OTHER_METHODS: dict[str, tuple[str, ...]] = {
+    DEEP_NO_COT: ("method=no_cot",),
     "icot": ("icot_tokens=4",),
     "pause": (),
     "pause_as_thought": (),
@@ -53,7 +56,7 @@ OTHER_METHODS: dict[str, tuple[str, ...]] = {
     "no_curriculum": (),
     "no_thought": (),
 }
-SINGLE_STAGE = ("pause", "no_curriculum")
+SINGLE_STAGE = (DEEP_NO_COT, "pause", "no_curriculum")
 
 
 class PartError(Exception):
@@ -103,10 +106,14 @@ class Demo:
 
     def make_data(self) -> None:
         with self._timed("data"):
-            self._run(
-                *("launch/prepare_data.py", "arrow-maze", "--out", DATA),
-                *("--model-seed", self.seed, "--model-out", self.out / "model"),
-            )
+            self._make_model(self.out / "model")
+            if DEEP_NO_COT in self.others:
+                self._make_model(self.out / "model_deep", "--model-layers", DEEP_LAYERS)
+
+    def _make_model(self, folder: Path, *options: object) -> None:
+        """The model, and the data with the first of them."""
+        prepare = ("launch/prepare_data.py", "arrow-maze", "--out", DATA, "--model-seed", self.seed)
+        self._run(*prepare, "--model-out", folder, *options)
 
     def train_coconut(self) -> None:
         self._train(self.coconut, "training, Coconut", ["method=coconut"])
@@ -124,7 +131,8 @@ class Demo:
             settings = [f"method={method}", *OTHER_METHODS[method]]
             if method in SINGLE_STAGE:  # as long as Coconut's stages together
                 settings += ["uniform_prob=0", "advance_at=null", f"num_epochs={epochs}", f"max_steps={steps}"]
-            self._train(run, f"training, {method}", settings)
+            model = self.out / ("model_deep" if method == DEEP_NO_COT else "model")
+            self._train(run, f"training, {method}", settings, model)
 
     def evaluate(self) -> dict[str, Path]:
         """Test data as it is, with images shuffled, with noise for thoughts; and test_paths, whose paths are new.
@@ -162,7 +170,7 @@ class Demo:
 
     # -- how --
 
-    def _train(self, run: Path, part: str, overrides: Sequence[str]) -> None:
+    def _train(self, run: Path, part: str, overrides: Sequence[str], model: Path | None = None) -> None:
         if is_whole(run):
             print(f"{part}: there already ({run / 'final'})", flush=True)
             return
@@ -171,7 +179,8 @@ class Demo:
                 *("deepspeed", "--num_gpus", self.ranks),
                 *("--master_port", free_port(), "launch/train.py"),
                 *("--deepspeed", "ds_configs/zero3.json", "--config", "args/demo.yaml"),
-                *(f"save_path={run.parent}", f"name={run.name}", f"seed={self.seed}", f"model_id={self.out / 'model'}"),
+                *(f"save_path={run.parent}", f"name={run.name}", f"seed={self.seed}"),
+                f"model_id={model or self.out / 'model'}",
                 # The test data is scored once, by the evaluation.
                 *("test_data_path=null", *(QUICK if self.quick else ()), *overrides),
             )

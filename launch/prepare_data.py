@@ -50,6 +50,7 @@ def prepare_arrow_maze(
     size: int = arrow_maze.GRID * arrow_maze.CELL_PX,
     sizes: Mapping[str, int] | None = None,
     model_seed: int = 0,
+    model_layers: int = 3,
     model_out: Path | None = None,
     force: bool = False,
 ) -> None:
@@ -61,6 +62,7 @@ def prepare_arrow_maze(
         size: pixels a side of a picture.
         sizes: puzzles of each split, when other than the default.
         model_seed: decides the model's first weights.
+        model_layers: of its decoder.
         model_out: folder of the model; `out`/model when left out.
         force: replace what was made with other settings.
     """
@@ -72,13 +74,13 @@ def prepare_arrow_maze(
         made = ensure_arrow_maze(out, seed=seed, cell_px=size // arrow_maze.GRID, sizes=sizes, force=force)
         _say(f"data {'made' if made else 'there already'}: {out / 'shards'}", begin)
         begin = time.perf_counter()
-        made = ensure_model(model_out, seed=model_seed, size=size, force=force)
+        made = ensure_model(model_out, seed=model_seed, size=size, layers=model_layers, force=force)
         _say(f"model {'made' if made else 'there already'}: {model_out}", begin)
 
 
-def ensure_model(out: Path, *, seed: int, size: int, force: bool) -> bool:
+def ensure_model(out: Path, *, seed: int, size: int, layers: int, force: bool) -> bool:
     """Save the tiny InternVL with the maze's vocabulary, unless `out` holds it; returns whether it was built."""
-    request = {"seed": seed, "size": size, "words": list(arrow_maze.vocabulary())}
+    request = {"seed": seed, "size": size, "layers": layers, "words": list(arrow_maze.vocabulary())}
     marker = out / MODEL_MARKER
     if marker.exists() and not force:
         found = json.loads(marker.read_text(encoding="utf-8"))
@@ -104,7 +106,8 @@ def ensure_model(out: Path, *, seed: int, size: int, force: bool) -> bool:
     disable_progress_bar()  # for files of kilobytes
     tokenizer = build_word_tokenizer(arrow_maze.vocabulary())
     # Two patches a cell and side, whatever the size: pixel shuffle makes one image token a cell of them.
-    model = build_tiny_internvl(tokenizer, seed=seed, image_size=size, patch_size=size // (2 * arrow_maze.GRID))
+    patch_size = size // (2 * arrow_maze.GRID)
+    model = build_tiny_internvl(tokenizer, seed=seed, image_size=size, patch_size=patch_size, text_layers=layers)
     out.parent.mkdir(parents=True, exist_ok=True)
     save_tiny(model, tokenizer, out, finish=add_the_rest)
     return True
@@ -136,6 +139,9 @@ def _add_arrow_maze(commands: argparse._SubParsersAction[argparse.ArgumentParser
     parser.add_argument(
         "--model-seed", type=int, default=0, help="decides the model's first weights (default: %(default)s)"
     )
+    parser.add_argument(
+        "--model-layers", type=int, default=3, help="layers of the model's decoder (default: %(default)s)"
+    )
     parser.add_argument("--model-out", type=Path, help="folder of the model (default: OUT/model)")
     parser.add_argument("--force", action="store_true", help="replace data and model made with other settings")
     parser.set_defaults(run=_run_arrow_maze)
@@ -148,6 +154,7 @@ def _run_arrow_maze(arguments: argparse.Namespace) -> None:
         size=arguments.size,
         sizes={split: getattr(arguments, split) for split in arrow_maze.SPLIT_SIZES},
         model_seed=arguments.model_seed,
+        model_layers=arguments.model_layers,
         model_out=arguments.model_out,
         force=arguments.force,
     )

@@ -2,7 +2,7 @@
 
     parameters, ZeRO stage, ranks      -> what lies there all the time: weights, master weights, moments, gradients
     micro-batch, by `simulation`       -> what comes and goes: activations, logits, cache, gradients on their way
-    the two moments that may be worst  -> the backward, and the optimizer's step; the larger is the plan
+    the moments that may be worst      -> backward, a bucket's reduction, the optimizer's step; the largest is the plan
 
 The accounting of DeepSpeed's buffers follows its code (runtime/zero/stage_1_and_2.py, stage3.py) and is held against
 measurement by `benchmarks/memory_plan.py`. Not counted: the framework itself (CUDA context, kernels, NCCL's buffers),
@@ -67,7 +67,7 @@ class MemoryPlan:
     """Bytes of a rank's device, by part, at the worst moment; and of its host where state is offloaded."""
 
     parts: dict[str, int]
-    moment: str  # "backward" or "optimizer step"
+    moment: str  # "backward", "reduction" or "optimizer step"
     host: int
     is_gathered_whole: bool  # ZeRO-3: the latent loop holds the text model whole through its passes
 
@@ -105,11 +105,17 @@ class PlannedModel:
         """The memory of one rank of `ranks`."""
         text = sum(parameter.numel() for parameter in self.model.text_parameters)
         is_leaf = zero.stage == 3 and text <= zero.max_live
-        state = _State(self.model, zero, ranks, self.dtype, is_leaf, self.on_cpu)
+        # DeepSpeed lets go of a module's weights when the backward of its last call is over: with thoughts, of all
+        # the decoder's together, though the passes of the forward gather them one after the other.
+        is_whole = is_leaf or self.shape.latents > 0
+        state = _State(self.model, zero, ranks, self.dtype, is_whole, self.on_cpu)
         stay = "all" if zero.stage < 2 or state.fills_bucket else "decoder" if is_leaf else "none"
         if stay not in self._simulated:
             self._simulated[stay] = simulate_deep(self.model, self.shape, self._staying(stay))
-        moments = {"backward": state.in_backward(self._simulated[stay]), "optimizer step": state.in_step()}
+        peak = self._simulated[stay]
+        moments = {"backward": state.in_backward(peak), "optimizer step": state.in_step()}
+        if zero.stage == 3:
+            moments["reduction"] = state.in_reduction(peak)
         worst = max(moments, key=lambda name: sum(moments[name].values()))
         return MemoryPlan(moments[worst], worst, state.host(), is_leaf)
 
@@ -124,16 +130,16 @@ class _State:
     """What lies on a rank besides activations."""
 
     def __init__(
-        self, model: MultimodalCoconut, zero: ZeroSettings, ranks: int, dtype: torch.dtype, is_leaf: bool, on_cpu: bool
+        self, model: MultimodalCoconut, zero: ZeroSettings, ranks: int, dtype: torch.dtype, is_whole: bool, on_cpu: bool
     ) -> None:
-        self.zero, self.on_cpu = zero, on_cpu
+        self.zero, self.ranks, self.on_cpu = zero, ranks, on_cpu
         self.size = torch.empty(0, dtype=dtype).element_size()
         sizes = [parameter.numel() for parameter in model.parameters()]
         self.n, self.largest = sum(sizes), max(sizes)
         self.share = -(-self.n // ranks) if zero.stage else self.n  # of the optimizer's state
         self.small = sum(size for size in sizes if size <= zero.persistent)
         self.text = sum(parameter.numel() for parameter in model.text_parameters)
-        self.is_leaf = is_leaf
+        self.is_whole = is_whole  # ZeRO-3: whether the backward holds the text model whole
 
     @property
     def weights(self) -> int:
@@ -148,7 +154,7 @@ class _State:
         if self.zero.stage < 3:
             return 0
         whole = self.n - self.small
-        return self.size * (min(self.text, whole) if self.is_leaf else min(whole, self.zero.max_live))
+        return self.size * (min(self.text, whole) if self.is_whole else min(whole, self.zero.max_live))
 
     @property
     def optimizer(self) -> int:
@@ -160,12 +166,14 @@ class _State:
     @property
     def fills_bucket(self) -> bool:
         """On a CPU a bucket takes memory as gradients fill it; one that holds them all is as if they stayed."""
-        return self.on_cpu and self.zero.stage > 0 and self.n <= self.zero.reduce_bucket
+        return self.on_cpu and self.zero.stage in (1, 2) and self.n <= self.zero.reduce_bucket
 
     @property
     def bucket(self) -> int:
         if self.zero.stage == 0 or self.fills_bucket:
             return 0
+        if self.on_cpu:  # what the step before has touched
+            return self.size * min(self.zero.reduce_bucket, self.n) * self.zero.buckets
         return self.size * self.zero.reduce_bucket * self.zero.buckets
 
     @property
@@ -187,6 +195,21 @@ class _State:
             "optimizer": self.optimizer,
             "gradients": peak["gradients"] + self.waiting_gradients + self.bucket,
             **{name: peak[name] for name in ("activations", "logits", "cache")},
+        }
+
+    def in_reduction(self, peak: dict[str, int]) -> dict[str, int]:
+        """ZeRO-3 while a full bucket, or the last one, goes to its ranks: as the backward ends, activations are gone.
+
+        The bucket's gradients are put in the order of the ranks (`reduce_scatter_coalesced`); gloo copies once more.
+        """
+        copied = self.size * min(self.zero.reduce_bucket, self.n)
+        copies = copied * (2 if self.on_cpu and self.ranks > 1 else 1)
+        outside = 0 if self.n <= self.zero.reduce_bucket else peak["gradients"]
+        return {
+            "weights": self.weights,
+            "gathered weights": self.gathered,
+            "optimizer": self.optimizer,
+            "gradients": outside + self.partition_gradients + self.bucket + copies,
         }
 
     def in_step(self) -> dict[str, int]:

@@ -128,6 +128,18 @@ def test_zero_3_holds_the_text_model_whole_where_the_limit_allows_it() -> None:
     assert large.total > small.total
 
 
+@pytest.mark.parametrize(("latents", "is_whole"), [(0, False), (2, True)])
+def test_the_backward_of_several_passes_holds_the_decoder_whole_also_where_layers_are_gathered_one_by_one(
+    latents: int, is_whole: bool
+) -> None:
+    """As measured (benchmarks/memory_plan.py, zero3-layers and zero3-cot)."""
+    zero = ZeroSettings(stage=3, max_live=10, persistent=0)
+    plan = planned(BatchShape(1, 16, 2, latents), hidden_size=256, intermediate_size=1024).memory(4, zero)
+    n = count_parameters(outline_model(decoder(hidden_size=256, intermediate_size=1024)))
+    assert not plan.is_gathered_whole
+    assert (plan.parts["gathered weights"] > 0.8 * 4 * n) is is_whole
+
+
 def test_a_step_s_work_is_that_of_its_tokens() -> None:
     data = DataShape(BatchShape(1, 20, 4, 2), tokens=18.0, tiles=0.0, labels=4.0, samples=64, steps=8, source="")
     one, two = (plan_work(decoder(), samples, data, checkpointing=False) for samples in (8, 16))
