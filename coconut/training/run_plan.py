@@ -282,7 +282,9 @@ def plan_text(
     ]
     stage = f"ZeRO stage {zero.stage}" + (f", {' and '.join(offloads)} in host memory" if offloads else "")
     if zero.stage == 3:
-        how = "whole, once a micro-batch" if memory.is_gathered_whole else "layer by layer, in every pass"
+        how = "layer by layer" + (", in every pass; the backward holds it whole" if batch.latents else "")
+        if memory.is_gathered_whole:
+            how = "whole, once a micro-batch"
         stage += f"; the text model is gathered {how}"
     lines = [
         f"computed, not measured; {data.source}",
