@@ -5,8 +5,10 @@
     last 4
     done 0 1
     step 1250
+    resume auto
 
-`done` names the finished stages, `step` the newest checkpoint's. Reads no data, loads no model, writes nothing.
+`done` names the finished stages, `step` the newest checkpoint's. Reads no data, loads no model, writes nothing. What is
+wrong with the configuration is an error here; paths are not looked at: the run's first start may make data and model.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that the script runs from a clone that is not installed
 
 from coconut.config import load_config
+from coconut.config.faults import raise_faults
 from coconut.types import CoconutError
 
 
@@ -28,8 +31,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys")
     arguments = parser.parse_intermixed_args(argv)
     try:
-        # Data and model may be made by the run's first start, so their paths are not looked at here.
         config = load_config(arguments.config, validate=False, overrides=arguments.overrides)
+        raise_faults(config.faults, config.origins)
         # Imports torch, some seconds: not for a typing error.
         from coconut.training.run_folder import is_stage_done
         from coconut.training.stages import StageManager
@@ -43,6 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     print("run", run_dir)
     print("last", stages[-1])
     print("done", *(stage for stage in stages if is_stage_done(run_dir, stage)))
+    print("resume", config.resume)
     print("step", int(checkpoints[-1].removeprefix("step-")) if checkpoints else 0)
     return 0
 

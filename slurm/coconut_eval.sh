@@ -114,10 +114,13 @@ report_if_last() {
     [ -f "$(marker "$checkpoint")" ] || return 0
   done
   mkdir -p "$OUT"
-  mkdir "$OUT/.report-of-$ARRAY" 2>/dev/null || return 0 # another that ended in the same instant writes it
-  on_one "$COCONUT_PYTHON" launch/report.py "${RUNS[@]}" --out "$OUT/report"
+  local guard
+  exec {guard}>"$OUT/.report.guard"
+  flock --nonblock "$guard" || return 0 # another that ended in the same instant writes it
+  [ -f "$(marker "$CHECKPOINT")" ] || return 0 # and has done so
+  on_one "$COCONUT_PYTHON" launch/report.py "${RUNS[@]}" --out "$OUT/report" ||
+    fail "the report could not be written; \`scontrol requeue $ELEMENT\` tries again"
   for checkpoint in "${CHECKPOINTS[@]}"; do rm -f "$(marker "$checkpoint")"; done
-  rmdir "$OUT/.report-of-$ARRAY"
   say "all ${#CHECKPOINTS[@]} stages are evaluated; report: $OUT/report/index.html"
 }
 

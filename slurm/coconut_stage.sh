@@ -40,6 +40,7 @@ main() {
   read_arguments "$@"
   say "element $ELEMENT, restart $RESTARTS, on $SLURM_JOB_NODELIST: $CONFIG ${OVERRIDES[*]}"
   read_run
+  refuse_to_begin_anew
   check_array
   mkdir -p "$RUN/slurm"
   take_lock
@@ -63,13 +64,14 @@ check_array() {
     exit 0
   fi
   [ "$STAGE" = "$FIRST" ] || return 0
-  [ "${SLURM_ARRAY_TASK_STEP:-1}" = 1 ] || refuse "an array with steps leaves stages out"
+  [ "$RESTARTS" = 0 ] || return 0
+  [ "${SLURM_ARRAY_TASK_COUNT:-1}" = $((END - FIRST + 1)) ] || refuse "this array leaves stages out"
   [ -n "${COCONUT_CHAIN:-}" ] || [ "$END" -ge "$LAST" ] || refuse "this array ends before the last stage"
 }
 
 refuse() { # the elements between steps do not exist: the others wait for this one
   local later
-  for ((later = STAGE + SLURM_ARRAY_TASK_STEP; later <= END; later += SLURM_ARRAY_TASK_STEP)); do
+  for ((later = STAGE + 1; later <= END; later++)); do
     scontrol update "JobId=${ARRAY}_$later" "Dependency=afterok:$ELEMENT" 2>/dev/null || true
   done
   fail "$1; submit with --array=$STAGE-$LAST%1" 2
@@ -112,14 +114,16 @@ preflight() {
   for node in "${bad[@]}"; do
     sed "s/^/$node: /" "$LOGS/preflight-$node.txt" >&2 || say "$node: no report" >&2
   done
-  [ ${#bad[@]} -lt ${#all[@]} ] || fail "no node of $SLURM_JOB_NODELIST is fit; the reports stand above"
+  [ "$(nodes_besides "${bad[@]}")" -ge "$SLURM_JOB_NUM_NODES" ] ||
+    fail "${bad[*]} unfit (the reports stand above), and $SLURM_JOB_PARTITION has not $SLURM_JOB_NUM_NODES other node(s)"
   requeue "unfit: ${bad[*]}" "${bad[@]}"
 }
 
 train_stage() {
-  local before step
+  local before step code=0
   use_ports
   before=$(newest_checkpoint)
+  rm -f "$RUN/stopped.json" # of a start before this one
   note "stage $STAGE starts${before:+ from ${before##*/}}"
   on_nodes "$LOGS/node-NODE.log" ranks launch/train.py --config "$CONFIG" "${OVERRIDES[@]}" stop_after_stage="$STAGE" &
   step=$!
@@ -132,12 +136,13 @@ train_stage() {
   if [ -n "$STOPPING" ]; then
     rm -f "$RUN/stop"
   fi
-  judge "$before"
+  wait "$step" || code=$?
+  judge "$code"
 }
 
 # What became of the stage, by what lies on the disk: exit codes of killed ranks say little.
 judge() {
-  local before=$1 crashed=$RUN/slurm/crashed-in-stage-$STAGE now
+  local code=$1 crashed=$RUN/slurm/crashed-in-stage-$STAGE now
   if is_finished; then
     rm -f "$crashed"
     note "stage $STAGE is finished"
@@ -145,24 +150,52 @@ judge() {
   fi
   sleep 3 # at a requeue or scancel srun gets its signal first, and this script a moment later
   [ -z "$STOPPING" ] || stopped
-  tail -n 30 "$LOGS"/node-*.log >&2 || true
+  rank_logs | xargs -0 tail -n 30 >&2 || true
   if [ -f "$RUN/stopped.json" ]; then
     note "stage $STAGE was stopped from outside: $(tr -d '\n' <"$RUN/stopped.json"); the same command goes on"
     exit 1
   fi
+  if [ "$code" = 0 ]; then
+    note "stage $STAGE ended well without being finished: max_steps or num_epochs are used up before its end"
+    exit 1
+  fi
+  end_orphans
   # train.py leaves with 2 when configuration, data or checkpoint are at fault: starting again would not help.
   if grep -qsE 'exitcode *: 2 |return code = 2$' "$LOGS"/node-*.log; then
-    note "stage $STAGE failed: $(grep -hoE 'error: .*' "$LOGS"/node-*.log | head -n 1)"
+    note "stage $STAGE failed: $(said 'error: .*')"
     exit 2
   fi
   now=$(newest_checkpoint)
-  if [ "$(cat "$crashed" 2>/dev/null)" = "at ${now:-the start}" ]; then
+  if [ "$(cat "$crashed" 2>/dev/null)" = "$ARRAY at ${now:-the start}" ]; then
     note "stage $STAGE failed twice without a new checkpoint between; the logs are in $LOGS"
     exit 1
   fi
-  echo "at ${now:-the start}" >"$crashed"
+  echo "$ARRAY at ${now:-the start}" >"$crashed"
   mapfile -t lost < <(lost_nodes)
   requeue "the ranks of stage $STAGE died" "${lost[@]}"
+}
+
+# All that the ranks of this start wrote: torchrun brings it together a node, deepspeed leaves a file for each rank.
+rank_logs() {
+  local depth=1
+  [ "$COCONUT_LAUNCHER" = torchrun ] || depth=9
+  find "$LOGS" -maxdepth $depth -name 'node-*.log' -size +0 -print0 -o -path '*/node-*/*.log' -size +0 -print0 | sort -z
+}
+said() { { rank_logs | xargs -0 grep -hoE "$1" || true; } | head -n 1; }
+
+# A slurmd that died may have left ranks behind, which train on and hold the run folder: stop them, and start again.
+end_orphans() {
+  local held owner
+  held=$(said 'another run is writing to .*')
+  [ -n "$held" ] || return 0
+  owner=$(grep -oP 'SLURM job \K[0-9]+' <<<"$held") || owner=''
+  if [ -z "$owner" ] || { [ "$owner" != "$SLURM_JOB_ID" ] && job_is_listed "$owner"; }; then
+    note "stage $STAGE failed: $held"
+    exit 2
+  fi
+  touch "$RUN/stop" # they leave at their next step, with a checkpoint
+  sleep 15
+  requeue "ranks of an earlier start still train: $held"
 }
 
 stopped() {

@@ -23,11 +23,12 @@ read_settings() {
     fail "COCONUT_SITE=$COCONUT_SITE cannot be read; copy slurm/site.example.sh there, or unset it" 2
   fi
   local python=python3
-  [ ! -x "$ROOT/.venv/bin/python" ] || python=$ROOT/.venv/bin/python
+  # An environment of this machine is of no use inside a container.
+  [ ! -x "$ROOT/.venv/bin/python" ] || [ -n "${COCONUT_CONTAINER:-}" ] || python=$ROOT/.venv/bin/python
   export COCONUT_PYTHON=${COCONUT_PYTHON:-$python}
   export COCONUT_LAUNCHER=${COCONUT_LAUNCHER:-torchrun}
   export COCONUT_RANKS_PER_NODE=${COCONUT_RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
-  export COCONUT_CONTAINER=${COCONUT_CONTAINER:-} COCONUT_SETUP=${COCONUT_SETUP:-}
+  export COCONUT_CONTAINER=${COCONUT_CONTAINER:-} COCONUT_MOUNTS=${COCONUT_MOUNTS:-} COCONUT_SETUP=${COCONUT_SETUP:-}
   export COCONUT_MIN_FREE_GB=${COCONUT_MIN_FREE_GB:-1}
   COCONUT_CONFIG=${COCONUT_CONFIG:-args/demo.yaml}
   COCONUT_DEEPSPEED=${COCONUT_DEEPSPEED:-ds_configs/zero3.json}
@@ -70,7 +71,8 @@ set_environment() {
 use_ports() {
   local nodes
   mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-  export MASTER_ADDR=${nodes[0]} MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000)) # below the ports that systems give out
+  # Below the ports that systems give out; another at each restart, as what is left of the last one may hold its own.
+  export MASTER_ADDR=${nodes[0]} MASTER_PORT=$((20000 + (SLURM_JOB_ID + 101 * RESTARTS) % 12000))
   export COCONUT_RANK_LOGS=$LOGS
   printf "%s slots=$COCONUT_RANKS_PER_NODE\n" "${nodes[@]}" >"$LOGS/hostfile"
 }
@@ -80,22 +82,23 @@ on_nodes() {
   local -x COCONUT_NODE_LOG=$1
   shift
   local options=(--nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1)
-  options+=(--kill-on-bad-exit=1 --cpu-bind=none)
+  options+=(--kill-on-bad-exit=1 --cpu-bind=none --export=ALL) # whatever sbatch was told to take along
   [[ $COCONUT_CONTAINER != pyxis:* ]] ||
     options+=(--container-image="${COCONUT_CONTAINER#pyxis:}" --container-mounts="$(mounts)" --container-workdir="$ROOT")
   srun "${options[@]}" bash "$ROOT/slurm/node.sh" "$@"
 }
 
-# The same environment on one node only, for small work: on_one COMMAND...
+# The same environment on one node only, for small work: on_one COMMAND... Outside of a job PLACE holds srun's options.
 on_one() {
   if [[ $COCONUT_CONTAINER == pyxis:* ]]; then
-    srun --nodes=1 --ntasks=1 --cpu-bind=none --container-image="${COCONUT_CONTAINER#pyxis:}" \
+    srun "${PLACE[@]}" --nodes=1 --ntasks=1 --cpu-bind=none --export=ALL --container-image="${COCONUT_CONTAINER#pyxis:}" \
       --container-mounts="$(mounts)" --container-workdir="$ROOT" bash "$ROOT/slurm/node.sh" "$@"
   else
     bash "$ROOT/slurm/node.sh" "$@"
   fi
 }
 
+PLACE=()
 mounts() { printf '%s:%s%s' "$ROOT" "$ROOT" "${COCONUT_MOUNTS:+,$COCONUT_MOUNTS}"; }
 
 # -- the run --
@@ -111,7 +114,6 @@ read_arguments() {
   OVERRIDES=()
   for word in "$@"; do
     case $word in
-      resume=none) fail "resume=none would begin anew at every stage and restart; choose another name=..." 2 ;;
       stop_after_stage=*) fail "$word: the array decides which stages run" 2 ;;
       deepspeed=*) deepspeed='' ;;
       ?*=*) ;;
@@ -129,6 +131,7 @@ read_run() {
     fail "$CONFIG cannot be used; the reason stands above" 2
   RUN=$(sed -n 's/^run //p' <<<"$answer")
   LAST=$(sed -n 's/^last //p' <<<"$answer")
+  RESUME=$(sed -n 's/^resume //p' <<<"$answer")
   [[ -n $RUN && $LAST =~ ^[0-9]+$ ]] || fail "launch/stages.py answered: $answer"
 }
 
@@ -137,6 +140,12 @@ stage_done() { [ -f "$RUN/stage_$1/done.json" ]; }
 is_finished() { stage_done "$STAGE" && { [ "$STAGE" != "$LAST" ] || [ -f "$RUN/final/coconut.json" ]; }; }
 newest_checkpoint() {
   { find "$RUN/checkpoints" -maxdepth 1 -type d -name 'step-*' 2>/dev/null || true; } | sort | tail -n 1
+}
+
+# Every stage and every restart is a start of its own: they have to find what the one before left.
+refuse_to_begin_anew() {
+  [ "$RESUME" = auto ] || fail "resume=$RESUME would begin there at every stage and restart; say resume=auto, and choose \
+another name=... for a new run" 2
 }
 
 # One line a happening, for people and for `slurm/submit.sh --status`.
@@ -150,23 +159,19 @@ note() {
 
 # Own the run folder: RUN/slurm/lock holds the array's job number. It stays between elements, when no process runs.
 take_lock() {
-  local lock=$RUN/slurm/lock holder stale attempt
-  for attempt in 1 2 3; do
-    if (set -o noclobber && echo "$ARRAY" >"$lock") 2>/dev/null; then
-      return 0
-    fi
-    holder=$(cat "$lock" 2>/dev/null) || continue
-    [ "$holder" != "$ARRAY" ] || return 0
+  local lock=$RUN/slurm/lock holder guard
+  # Held while looking and writing only, and let go by the kernel whatever becomes of this script.
+  { exec {guard}>"$lock.guard"; } 2>/dev/null || fail "$RUN/slurm cannot be written to"
+  flock --wait 120 "$guard" || fail "$lock.guard is held; is another job starting in $RUN?" 3
+  holder=$(cat "$lock" 2>/dev/null) || holder=''
+  if [ "$holder" != "$ARRAY" ]; then
     if [ -n "$holder" ] && job_is_listed "$holder"; then
       fail "job $holder owns $RUN; wait for it, cancel it, or choose another name=..." 3
     fi
-    # Of several that find it, one wins the renaming.
-    stale=$lock.of-$holder
-    mv "$lock" "$stale" 2>/dev/null || continue
-    rm -f "$stale"
-    note "took $RUN over from job ${holder:-?}, which the scheduler no longer lists"
-  done
-  fail "could not take $lock in $attempt attempts; is another job starting in $RUN?" 3
+    { echo "$ARRAY" >"$lock.new" && mv "$lock.new" "$lock"; } || fail "$lock cannot be written; is the disk full?"
+    [ -z "$holder" ] || note "took $RUN over from job $holder, which the scheduler no longer lists"
+  fi
+  exec {guard}>&-
 }
 
 drop_lock() {
@@ -226,6 +231,20 @@ requeue() {
     scontrol update "JobId=$ELEMENT" "ExcNodeList=$nodes"
   fi
   exit 0
+}
+
+# How many nodes of the job's partition could take it, these left out: nodes_besides NODE...
+nodes_besides() {
+  local excluded
+  excluded=$(scontrol show job "$ELEMENT" --oneliner | grep -oP ' ExcNodeList=\K\S+') || excluded=''
+  [ "$excluded" != '(null)' ] || excluded=''
+  {
+    printf '%s\n' "$@"
+    [ -z "$excluded" ] || scontrol show hostnames "$excluded"
+  } | sort -u | comm -13 - <(usable_nodes) | wc -l
+}
+usable_nodes() {
+  sinfo --noheader --Node --partition="$SLURM_JOB_PARTITION" --states=idle,mixed,allocated,completing --format=%N | sort -u
 }
 
 # Nodes of this job that the scheduler has given up on.

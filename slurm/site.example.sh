@@ -19,8 +19,9 @@ COCONUT_MAX_RESTARTS=${COCONUT_MAX_RESTARTS:-20}               # of one element,
 #COCONUT_CHAIN=1                                               # one job a stage, see docs/slurm.md
 
 # -- the machines --
-#COCONUT_PYTHON=/path/to/python                                # .venv/bin/python of the project, else python3
-#COCONUT_SETUP='module load cuda; source activate coconut'     # run on each node before anything else
+#COCONUT_PYTHON=/path/to/python                                # .venv/bin/python of the project, else python3; in a container python3
+#COCONUT_SETUP='module load cuda; source activate coconut'     # on each node before anything else; inside pyxis' containers,
+                                                               # outside apptainer's
 #COCONUT_CONTAINER=apptainer:/images/coconut.sif               # or pyxis:registry#image; then COCONUT_PYTHON is inside it
 #COCONUT_MOUNTS=/data:/data                                    # mounted besides the project's folder, by commas
 #COCONUT_NETWORK=ib0                                           # interface of NCCL and gloo
@@ -28,9 +29,11 @@ COCONUT_MIN_FREE_GB=${COCONUT_MIN_FREE_GB:-1}                  # free space that
 
 # -- for libraries; anything you export reaches every rank --
 #export TORCH_EXTENSIONS_DIR=/path                             # .cache/torch_extensions; built by launch/setup.sh
-#export TRITON_CACHE_DIR=/path                                 # a folder of the job on the node's own disk
+#export TRITON_CACHE_DIR=/path                                 # a folder of the job below SLURM_TMPDIR, TMPDIR or /tmp
 #export OMP_NUM_THREADS=8                                      # --cpus-per-task over ranks a node, else 1
 #export NCCL_DEBUG=WARN
+#export TORCH_NCCL_ASYNC_ERROR_HANDLING=1                      # a rank that dies ends the others' collectives
+#export TOKENIZERS_PARALLELISM=false
 
 # COCONUT_SITE (another file in place of slurm/site.sh) and COCONUT_ROOT (the project's folder, where you do not submit from
-# it) belong into the environment, as they are needed before this file is found.
+# it; sbatch needs --chdir=$COCONUT_ROOT as well) belong into the environment, as they are needed before this file is found.

@@ -6,7 +6,7 @@
 #   slurm/submit.sh --status args/mine.yaml           where the run stands: stage, step, restarts, time left
 #   slurm/submit.sh --chain args/mine.yaml            one job a stage, where you may not requeue (docs/slurm.md)
 #
-# Words with a leading -- are sbatch's, written --name=value; the others are those of slurm/coconut_stage.sh. Stages that are
+# Words with a leading -- are sbatch's, written --name=value or --flag; the others are those of slurm/coconut_stage.sh. Stages that are
 # finished are not submitted again.
 set -eEuo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -14,7 +14,7 @@ cd "$ROOT"
 . slurm/lib.sh
 
 main() {
-  local action=submit chain='' word sbatch=() words=()
+  local action=submit chain=${COCONUT_CHAIN:-} word sbatch=() words=()
   for word in "$@"; do
     case $word in
       --dry-run) action=dry-run ;;
@@ -22,7 +22,8 @@ main() {
       --chain) chain=1 ;;
       --array*) fail "$word: the configuration says which stages there are" 2 ;;
       --help | -h) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}" && exit 0 ;;
-      --*=*) sbatch+=("$word") ;;
+      --partition=* | --account=* | --qos=* | --reservation=*) sbatch+=("$word") PLACE+=("$word") ;;
+      --?*) sbatch+=("$word") ;;
       -*) fail "$word: write sbatch's options as --name=value" 2 ;;
       *) words+=("$word") ;;
     esac
@@ -30,6 +31,7 @@ main() {
   read_settings
   read_arguments "${words[@]}"
   read_run
+  refuse_to_begin_anew
   if [ "$action" = status ]; then
     status
     return
@@ -77,7 +79,7 @@ check() {
 }
 
 status() {
-  local done=() stage owner
+  local done=() stage owner step
   for ((stage = 0; stage <= LAST; stage++)); do
     ! stage_done "$stage" || done+=("$stage")
   done
@@ -85,9 +87,13 @@ status() {
   newest=$(newest_checkpoint)
   echo "run        $RUN, stages 0 to $LAST, finished: ${done[*]:-none}"
   echo "checkpoint ${newest:-none}"
+  if [ -f "$RUN/metrics.jsonl" ]; then
+    step=$(tail -n 1 "$RUN/metrics.jsonl" | grep -oP '"step": \K[0-9]+') || step='?'
+    echo "step       $step, as last logged"
+  fi
   [ ! -f "$RUN/final/coconut.json" ] || echo "final      $RUN/final"
   if [ -f "$RUN/slurm/history.tsv" ]; then
-    echo "restarts   $(grep -c 'starts again' "$RUN/slurm/history.tsv" || true)"
+    echo "restarts   $(grep -cP '\trestart [1-9][0-9]*\t.*\tstage \d+ starts' "$RUN/slurm/history.tsv" || true)"
   fi
   owner=$(cat "$RUN/slurm/lock" 2>/dev/null || true)
   if [ -n "$owner" ] && job_is_listed "$owner"; then

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -81,10 +83,13 @@ def test_what_cannot_work_is_refused(runs: Runs, tmp_path: Path) -> None:
     lock.write_text(f"{owner}\n")
     end = 2 * runs.last
     refused = {
-        runs.submit("steps", options=(f"--array=0-{end}:2%1",)): "an array with steps leaves stages out",
+        runs.submit("steps", options=(f"--array=0-{end}:2%1",)): "this array leaves stages out",
+        runs.submit("gap", options=(f"--array=0,{end}%1",)): "this array leaves stages out",
         runs.submit("short", options=("--array=0-0",)): "this array ends before the last stage",
         runs.submit("late", options=(f"--array=1-{runs.last}",)): "stage 0 is not finished",
-        runs.submit("again", "resume=none"): "choose another name",
+        runs.submit("anew", "resume=none"): "choose another name",
+        runs.submit("anew", "resume=0"): "resume=none would begin there at every stage",  # the original's spelling
+        runs.submit("wrong", "lerning_rate=3"): "unknown key; did you mean learning_rate?",
         runs.submit("owned"): f"job {owner} owns runs/owned",
     }
     for job, reason in refused.items():
@@ -94,6 +99,47 @@ def test_what_cannot_work_is_refused(runs: Runs, tmp_path: Path) -> None:
         assert reason in runs.log(job, first)
     assert not list((runs.home / "runs").glob("s*/checkpoints"))
     runs.cluster.run("scancel", owner)
+
+
+def test_a_node_that_is_unfit_is_left_out_though_the_job_has_no_other(runs: Runs) -> None:
+    """Two of the three nodes fail the examination; a job of one node tries until it has the third."""
+    broken = "case $SLURMD_NODENAME in n3) ;; *) export TORCH_EXTENSIONS_DIR=/nowhere ;; esac"
+    options = ("--array=0-1%1", "--nodes=1")
+    job = runs.submit("unfit", "max_latent_stage=1", "max_steps=2", options=options, COCONUT_SETUP=broken)
+    assert runs.cluster.wait(job, TIMEOUT_S)[0] == "FAILED"
+    assert "starts again: unfit: n" in runs.log(job, 0) and "on n3:" in runs.log(job, 0)
+    assert "ended well without being finished: max_steps" in runs.history("unfit")[-1][1]
+    everywhere = runs.submit("unfit", options=options, COCONUT_SETUP="export TORCH_EXTENSIONS_DIR=/nowhere")
+    assert runs.cluster.wait(everywhere, TIMEOUT_S)[0] == "FAILED"
+    assert "has not 1 other node(s)" in runs.log(everywhere, 0)
+
+
+def test_of_many_that_find_a_stale_lock_one_takes_it(runs: Runs, tmp_path: Path) -> None:
+    """The scheduler knows all the jobs that ask, and not the one that the lock names."""
+    jobs = [runs.cluster.submit("--begin=now+1hour", "--wrap=true", cwd=tmp_path) for _ in range(4)]
+    take = """set -euo pipefail; ROOT=$PWD RUN=$1 ARRAY=$2 ELEMENT=$2_0 RESTARTS=0; . slurm/lib.sh
+    until [ -e "$RUN/go" ]; do :; done; take_lock; echo taken by $ARRAY"""
+    for round_ in range(5):
+        run = tmp_path / str(round_)
+        (run / "slurm").mkdir(parents=True)
+        (run / "slurm" / "lock").write_text("99999\n")
+        asking = [
+            subprocess.Popen(
+                ["bash", "-c", take, "-", str(run), job],
+                cwd=runs.home,
+                env=runs.cluster.environment,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for job in jobs
+        ]
+        time.sleep(0.2)
+        (run / "go").touch()
+        said = [process.communicate()[0] for process in asking]
+        taken = [line for text in said for line in text.splitlines() if line.startswith("taken by")]
+        assert len(taken) == 1 and (run / "slurm" / "lock").read_text().strip() == taken[0].split()[-1], said
+    for job in jobs:
+        runs.cluster.run("scancel", job)
 
 
 def test_a_lock_of_a_job_that_is_gone_is_broken(runs: Runs, tmp_path: Path) -> None:

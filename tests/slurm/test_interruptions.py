@@ -66,6 +66,9 @@ def test_a_cancelled_array_is_submitted_again(runs: Runs, unbroken: str) -> None
     runs.wait_for_step("cancelled", job, 5)
     runs.cluster.run("scancel", job)
     assert set(runs.cluster.wait(job, TIMEOUT_S).values()) == {"CANCELLED"}
+    wrong = runs.submit("cancelled", "seed=5")
+    assert runs.cluster.wait(wrong, TIMEOUT_S)[0] == "FAILED"
+    assert "is of another run" in runs.history("cancelled")[-1][1]  # and not that somebody had stopped it
     runs.wait(runs.submit("cancelled"))
     runs.assert_equal("unbroken", "cancelled")
 
@@ -100,6 +103,22 @@ def test_a_node_dies(runs: Runs, unbroken: str) -> None:
     finally:
         runs.cluster.start_node(lost)
         wait_until(lambda: lost in runs.cluster.idle_nodes(), f"{lost} idle again", TIMEOUT_S)
+
+
+def test_a_slurmd_dies_and_its_ranks_train_on(runs: Runs, unbroken: str) -> None:
+    """The scheduler gives the node up; the restarted element finds the run folder held, stops the ranks and goes on."""
+    options = (f"--array=0-{runs.last}%1", "--nodes=1")
+    job = runs.submit("orphans", "save_every_n_steps=4", options=options)
+    runs.wait_for_step("orphans", job, STEPS + 2)
+    where = (runs.folder("orphans") / "slurm" / "history.tsv").read_text().splitlines()[-1].split("\t")[3]
+    try:
+        os.kill(int((runs.cluster.folder / "run" / f"slurmd.{where}.pid").read_text()), signal.SIGKILL)
+        runs.wait(job)
+        losses = [(row["step"], row["loss"]) for row in runs.metrics("orphans")]
+        assert [step for step, _ in losses] == list(range(1, len(runs.metrics("unbroken")) + 1))
+    finally:
+        runs.cluster.start_node(where)
+        wait_until(lambda: where in runs.cluster.idle_nodes(), f"{where} idle again", TIMEOUT_S)
 
 
 def test_two_arrays_at_once(runs: Runs) -> None:
