@@ -50,7 +50,11 @@ def test_text_and_vision_equal_the_counter() -> None:
     ours = flops.forward_flops(model.config, n_rows * n_tokens, n_rows, n_samples=n_rows)
     # Eager attention computes the pairs that the causal mask throws away as well; they are not counted here.
     masked_pairs = n_rows * n_tokens * (n_tokens - 1) // 2
-    assert ours + flops.attention_flops_per_pair(model.config.text_config) * masked_pairs == counted
+    expected = ours + flops.attention_flops_per_pair(model.config.text_config) * masked_pairs
+    # transformers 5.17 makes the rotary angles by a matrix product, which is not counted here either.
+    text = model.config.text_config
+    angles = 2 * n_tokens * (text.hidden_size // text.num_attention_heads) // 2
+    assert counted - expected in (0, angles)
 
 
 def test_text_only_models_without_a_gate() -> None:
