@@ -1,13 +1,12 @@
 """What the loader costs, against decoding and tiling the same bytes from memory in a plain loop.
 
-    python benchmarks/loader.py [--json FILE] [--memory] [--shards 1000]
+    python benchmarks/loader.py [--json FILE] [--memory]
 
 Rate: JPEG pictures of four usual sizes (1 to 13 tiles of 448 x 448), read from tars by one loader process, encoded,
 staged and collated into micro-batches of four; the plain loop only decodes and tiles. Both are timed in turns, the
 loop too in a process of its own, and the fastest round of each counts, since other work on the machine only ever slows
 down. loader_vs_plain compares wall time, loader_vs_plain_cpu the processor time of the two processes.
 --memory: growth of loader process and reader in a pass over 50,000 samples.
-Resume: opening a set of many shards and going on in the middle of an epoch, to the first batch.
 """
 
 from __future__ import annotations
@@ -181,39 +180,17 @@ def memory_now() -> dict[str, float]:
     return {"reader": resident_mb(os.getpid()), "worker": resident_mb(children[0].pid or 0)}
 
 
-def measure_resume(folder: Path, n_shards: int) -> dict[str, float]:
-    """Seconds from nothing open to the first batch in the middle of an epoch."""
-    begin = time.perf_counter()
-    write_shards(samples(n_shards * 100, []), folder, shard_size_mb=0.1025)  # 100 samples of two tar blocks
-    made = time.perf_counter() - begin
-    begin = time.perf_counter()
-    reader = ShardReader(folder, allow_damage=True)
-    loader = build_loader(reader, 28, num_workers=1, start=0.5)
-    opened = time.perf_counter() - begin
-    next(iter(loader))
-    return {
-        "shards": len(reader.index.shards),
-        "samples": len(reader),
-        "open_s": opened,
-        "first_batch_s": time.perf_counter() - begin,
-        "writing_them_s": made,
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the numbers there")
     parser.add_argument("--rounds", type=int, default=5, help="times that each side is timed")
     parser.add_argument("--pictures", type=int, default=400)
     parser.add_argument("--memory", action="store_true", help="also measure memory over 50,000 samples")
-    parser.add_argument("--shards", type=int, default=1000, help="shards of the set that a run goes on with; 0: skip")
     args = parser.parse_args()
     torch.set_num_threads(1)
     results: dict[str, float | dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         results |= measure_rate(Path(folder) / "rate", args.rounds, args.pictures)
-        if args.shards:
-            results["resume"] = measure_resume(Path(folder) / "resume", args.shards)
         if args.memory:
             results["memory"] = measure_memory(Path(folder) / "memory", 50_000)
     for name, value in results.items():

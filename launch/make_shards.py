@@ -7,7 +7,8 @@
     python launch/make_shards.py --out shards/train --inspect 6        print samples, draw their tiles
     python launch/make_shards.py --out tars --index-only               index WebDataset tars that are there already
 
-A run that was killed goes on where it was: give the same command again. The format is described in docs/data_format.md.
+A run that was killed goes on where it was, with --force too: give the same command again. The format is described in
+docs/data_format.md.
 Exit codes: 0 done; 1 --verify found a difference; 2 the input or the disk is at fault, one line on stderr says how.
 """
 
@@ -42,7 +43,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: one a core)")
     add("--skip-bad", action="store_true", help="leave bad records out and list them in OUT/bad_samples.jsonl")
     add("--parent-paths", action="store_true", help="allow '..' in the paths of images")
-    add("--force", action="store_true", help="replace shards that were made from other input")
+    add("--force", action="store_true", help="make anew and replace what is there, once all is made")
     add("--part", metavar="I/N", help="make only the I-th of N parts (I from 1); the last to end completes the set")
     add("--index-only", action="store_true", help="write the index of the tars in --out, and leave them as they are")
     add("--tokenizer", metavar="PATH", help="also count tokens with the tokenizer of this model folder or hub id")

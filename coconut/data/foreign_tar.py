@@ -1,6 +1,6 @@
 """WebDataset tars that others wrote: their samples, and an index of them that leaves the tars as they are.
 
-    tar --headers--> groups of members with one key --sample_of_members--> Sample --> IndexPart
+    tar --headers--> groups of members with one key --read_foreign--> Sample --> IndexPart
 
 A key is a member's path up to the first dot of its name; a sample is its consecutive members. What is read:
 
@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from coconut.data.image import image_header
+from coconut.data.native_tar import read_native
 from coconut.data.sample import sample_from_record
 from coconut.data.shard_index import FOREIGN, NATIVE, IndexBuilder, IndexPart, ShardFile
 from coconut.data.shard_tar import IMAGE_SUFFIXES, padded
@@ -68,7 +69,7 @@ def read_foreign(block: bytes, tar: str, where: str) -> Sample:
     split = [split_name(info.name) for info in members]
     if not split or split[0] is None:
         raise DataError(f"{where}: there is no sample here")
-    return sample_of_members(_contents(members, block), tar, split[0][0])[0]
+    return _sample_of_members(_contents(members, block), tar, split[0][0])
 
 
 def split_name(name: str) -> tuple[str, str] | None:
@@ -77,30 +78,22 @@ def split_name(name: str) -> tuple[str, str] | None:
     return (match[1], match[2].lower()) if match else None
 
 
-def sample_of_members(contents: Sequence[tuple[str, bytes]], tar: str, key: str) -> tuple[Sample, bool]:
-    """A sample from (suffix, content) of its members, and whether it is as we write them ourselves.
-
-    Raises:
-        DataError: naming tar and key.
-    """
+def _sample_of_members(contents: Sequence[tuple[str, bytes]], tar: str, key: str) -> Sample:
+    """A sample from (suffix, content) of its members; a DataError names tar and key."""
     where = f"{tar} (key {key})"
     repeated = [suffix for suffix, count in Counter(suffix for suffix, _ in contents).items() if count > 1]
     if repeated:
         raise DataError(f"{where}: it has two members of the kind {repeated[0]}")
     members = dict(contents)
     record = _record(members, where)
-    is_native = isinstance(record.get("id"), str) and "json" in members
     images = [suffix for suffix in members if suffix.rpartition(".")[2] in IMAGE_SUFFIXES]
     named = record.get("image", record.get("images"))
     named = [named] if isinstance(named, str) else named
     if isinstance(named, list) and named and all(name in images for name in named):
         images = named
-    else:
-        is_native = is_native and not images and not named
     texts = {name: value for name, value in record.items() if name not in ("image", "images")}
     sample = sample_from_record(texts, key=f"{tar.removesuffix('.tar')}/{key}", source=where)
-    sample = dataclasses.replace(sample, source=tar, images=tuple(members[name] for name in images))
-    return sample, is_native
+    return dataclasses.replace(sample, source=tar, images=tuple(members[name] for name in images))
 
 
 def _record(members: dict[str, bytes], where: str) -> dict[str, Any]:
@@ -150,9 +143,9 @@ def index_tar(path: Path, *, skip_bad: bool = False) -> tuple[IndexPart, Counter
             runs = Counter(group.key for group in groups)
             for group in groups:
                 try:
-                    sample, sizes, is_native = _indexed(group, runs[group.key], content, path.name)
-                    all_native = all_native and is_native
+                    sample, sizes = _indexed(group, runs[group.key], content, path.name)
                     block = content[group.start : group.end]
+                    all_native = all_native and _is_native(block, sample)
                     builder.add(
                         sample, sizes, offset=group.start, size=len(block), checksum=zlib.crc32(block)
                     )  # fmt: skip
@@ -167,7 +160,7 @@ def index_tar(path: Path, *, skip_bad: bool = False) -> tuple[IndexPart, Counter
     return builder.part(shard, skipped, NATIVE if all_native else FOREIGN), unread
 
 
-def _indexed(group: Group, runs: int, content: mmap.mmap, tar: str) -> tuple[Sample, list[tuple[int, int]], bool]:
+def _indexed(group: Group, runs: int, content: mmap.mmap, tar: str) -> tuple[Sample, list[tuple[int, int]]]:
     where = f"{tar} (key {group.key})"
     if runs > 1:
         raise DataError(
@@ -181,14 +174,22 @@ def _indexed(group: Group, runs: int, content: mmap.mmap, tar: str) -> tuple[Sam
             raise DataError(f"{where}: member {info.name!r} is a link or a device, not a file")
     if group.end > len(content):
         raise DataError(f"{where}: the tar ends before member {group.members[-1].name!r} does")
-    sample, is_native = sample_of_members(_contents(group.members, content), tar, group.key)
+    sample = _sample_of_members(_contents(group.members, content), tar, group.key)
     sizes = []
     for number, image in enumerate(sample.images):
         try:
             sizes.append(image_header(image)[:2])
         except DataError as error:
             raise DataError(f"{where}, image {number + 1}: {error}") from None
-    return sample, sizes, is_native
+    return sample, sizes
+
+
+def _is_native(block: bytes, sample: Sample) -> bool:
+    """Whether the reader of our own tars makes the same sample of these bytes."""
+    try:
+        return read_native(block, sample.source, sample.source) == sample
+    except DataError:
+        return False
 
 
 def _groups(path: Path, content: mmap.mmap) -> tuple[list[Group], str]:

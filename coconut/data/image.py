@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 
 from coconut.types import DataError
 
@@ -45,6 +47,10 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_TEXT_CHUNKS = (b"tEXt", b"zTXt", b"iTXt")
+_ORIENTATION_KEYWORDS = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")
+_KEYWORD_BYTES = 80  # with the zero that ends it
 _SETTINGS = ("image_size", "max_num_patches", "use_thumbnail", "dynamic_preprocess")
 
 
@@ -68,7 +74,9 @@ def open_image(image: ImageLike) -> Image.Image:
 
 
 def image_header(image: ImageLike) -> tuple[int, int, str]:
-    """Upright width, height and the usual file suffix (``png``, ``jpg`` ...), without decoding pixels.
+    """Upright width, height and the usual file suffix (``png``, ``jpg`` ...), as `open_image` makes it upright.
+
+    Pixels are not decoded, but for a PNG whose orientation may stand after them.
 
     Raises:
         DataError: as `open_image`, but a truncated file goes unnoticed.
@@ -77,10 +85,14 @@ def image_header(image: ImageLike) -> tuple[int, int, str]:
     with _open(image, name) as opened:
         width, height = opened.size
         format_ = (opened.format or "png").lower()
-        # Pillow turns the size of a TIFF by itself; and getexif() of a PNG without an EXIF chunk ahead of its
-        # pixels would decode them all.
-        turn = format_ != "tiff" and (format_ != "png" or "exif" in opened.info)
-        if turn and _orientation(opened) >= 5:
+        try:
+            if isinstance(opened, PngImageFile) and _has_late_orientation(opened):
+                opened.load()
+        except Exception as error:  # as for decoding
+            raise DataError(f"{name} cannot be decoded: {error}") from error
+        # Pillow turns the size of a TIFF by itself, where a tag says so.
+        turned = isinstance(opened, TiffImageFile) and _ORIENTATION_TAG in opened.tag_v2
+        if not turned and _orientation(opened) >= 5:
             width, height = height, width
     return width, height, {"jpeg": "jpg", "mpo": "jpg", "tiff": "tif"}.get(format_, format_)
 
@@ -256,10 +268,31 @@ def _open(image: ImageLike, name: str) -> AbstractContextManager[Image.Image]:
 def _orientation(image: Image.Image) -> int:
     """EXIF orientation 1 to 8; 1, upright, where there is none or it cannot be read."""
     try:
-        orientation = image.getexif().get(_ORIENTATION_TAG, 1)
+        # Not PngImageFile's own, which decodes all pixels to look for an EXIF chunk after them.
+        orientation = Image.Image.getexif(image).get(_ORIENTATION_TAG, 1)
     except (OSError, SyntaxError, ValueError, KeyError, TypeError, struct.error):
         return 1  # a damaged note about the camera is no reason to lose the picture
     return orientation if orientation in _UPRIGHT else 1
+
+
+def _has_late_orientation(png: PngImageFile) -> bool:
+    """Whether a chunk after the pixels may hold an orientation; Pillow reads it only with them."""
+    file = png.fp
+    if file is None:  # decoded already, to its end
+        return False
+    place, after_pixels = file.tell(), False
+    try:
+        file.seek(len(_PNG_SIGNATURE))
+        while len(head := file.read(8)) == 8:
+            length, kind = int.from_bytes(head[:4], "big"), head[4:]
+            after_pixels = after_pixels or kind == b"IDAT"
+            keyword = file.read(min(length, _KEYWORD_BYTES)) if after_pixels and kind in _TEXT_CHUNKS else b""
+            if after_pixels and (kind == b"eXIf" or keyword.startswith(_ORIENTATION_KEYWORDS)):
+                return True
+            file.seek(length - len(keyword) + 4, io.SEEK_CUR)
+        return False
+    finally:
+        file.seek(place)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -5,7 +5,10 @@
         shard-000007.tar            --when the first of its samples is read-->   the same folder
 
 A file is there whole, with the size and SHA-256 of the manifest, or not at all. Processes of one machine that want the
-same file wait for the one that fetches it. Bytes come through webdataset's own openers (curl; aws for s3).
+same file wait for the one that fetches it. Bytes come through curl, aws (s3) or the command, in webdataset's `Pipe`.
+
+A server that refuses, answers with an error, is not reached in CONNECT_S or stands still for STALL_S is asked again, so
+one that stays away ends the run after about ATTEMPTS times as long. How long aws or a command waits is theirs to say.
 """
 
 from __future__ import annotations
@@ -30,6 +33,15 @@ SCHEMES = ("https", "http", "s3")
 #: Times that a file is asked for, and seconds before the second time; twice as long before each following one.
 ATTEMPTS = 5
 FIRST_DELAY_S = 1.0
+CONNECT_S = 20  # until a server is reached, name and encryption included
+STALL_S = 60  # with less than _SLOWEST bytes a second, the wait for the answer included
+_SLOWEST = 1000
+_CURL_EXITS = {
+    6: "the server's name is not known",
+    7: "the server cannot be reached",
+    22: "the server answered that it cannot give the file",
+    28: "the server cannot be reached in time, or stood still",
+}
 _CHUNK = 1 << 20  # bytes
 
 
@@ -152,12 +164,17 @@ def _download(url: str, partial: Path, n_bytes: int | None, sha256: str | None) 
     with partial.open("wb") as file:
         stream = _open(url)
         try:
-            while chunk := stream.read(_CHUNK):
-                digest.update(chunk)
-                received += len(chunk)
-                file.write(chunk)
-        finally:
-            stream.close()
+            try:
+                while chunk := stream.read(_CHUNK):
+                    digest.update(chunk)
+                    received += len(chunk)
+                    file.write(chunk)
+            finally:
+                stream.close()
+        except OSError:
+            if urlsplit(url).scheme in ("https", "http") and stream.status in _CURL_EXITS:
+                raise OSError(f"{_CURL_EXITS[stream.status]} (curl: exit {stream.status})") from None
+            raise
         file.flush()
         os.fsync(file.fileno())
     if n_bytes is not None and received != n_bytes:
@@ -169,9 +186,15 @@ def _download(url: str, partial: Path, n_bytes: int | None, sha256: str | None) 
 def _open(url: str) -> Any:
     from webdataset.gopen import Pipe, gopen  # here, since it imports torch
 
-    if url.startswith("s3://"):  # which webdataset leaves to a shell; a list of arguments needs none
+    # webdataset leaves s3 to a shell, which a list of arguments does without; its curl waits for a server that stands
+    # still without end, and asks one that answers 503 for a minute before it says so.
+    if url.startswith("s3://"):
         return Pipe(["aws", "s3", "cp", "--only-show-errors", url, "-"], mode="rb")
-    return gopen(url)
+    if url.startswith("pipe:"):
+        return gopen(url)
+    bounds = {"--connect-timeout": CONNECT_S, "--speed-limit": _SLOWEST, "--speed-time": STALL_S}
+    options = [text for name, value in bounds.items() for text in (name, str(value))]
+    return Pipe(["curl", "--fail", "--silent", "--location", *options, url], mode="rb")
 
 
 def _partial(target: Path) -> Path:

@@ -16,9 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coconut.data.foreign_tar import index_tar
-from coconut.data.shard_build import LOCK_PATIENCE_S, Built, Say
+from coconut.data.shard_build import LOCK_PATIENCE_S, Built
 from coconut.data.shard_index import IndexPart
 from coconut.data.shard_part import load_part, part_path, save_part
+from coconut.data.shard_resume import refuse_unfinished
+from coconut.data.shard_survey import Say
 from coconut.data.shard_writer import PARTIAL, commit_index, output_folder, sample_hash
 from coconut.data.workers import run_tasks
 from coconut.types import DataError
@@ -44,7 +46,7 @@ def index_shards(
         what was done, and how many members of each kind are not read.
 
     Raises:
-        DataError: no tars, compressed ones, a sample that cannot be used, a key that occurs twice.
+        DataError: no tars, compressed ones, an unfinished run's, a sample that cannot be used, a key that occurs twice.
     """
     out = Path(directory)
     tars = sorted(out.glob("*.tar"))
@@ -54,6 +56,7 @@ def index_shards(
     if not tars:
         raise DataError(f"{out} holds no .tar files to index")
     with output_folder(out, LOCK_PATIENCE_S):
+        refuse_unfinished(out)
         try:
             (out / PARTIAL).mkdir(exist_ok=True)
         except OSError as error:

@@ -15,8 +15,8 @@ import numpy as np
 
 from coconut.data.foreign_tar import read_foreign
 from coconut.data.image import image_header, open_image
-from coconut.data.shard_build import Say
 from coconut.data.shard_index import MANIFEST, NATIVE, ShardIndex, file_sha256
+from coconut.data.shard_survey import Say
 from coconut.data.shard_tar import BLOCK
 from coconut.data.workers import run_tasks
 from coconut.types import DataError

@@ -41,6 +41,7 @@ from coconut.types import DataError, Sample
 DEFAULT_SHARD_MB = 64.0
 PARTIAL = ".partial"
 BAD_SAMPLES = "bad_samples.jsonl"
+IMAGES_STAMP = "images.stamp"
 
 
 def write_shards(samples: Iterable[Sample], out_dir: str | Path, shard_size_mb: float = DEFAULT_SHARD_MB) -> int:
@@ -96,10 +97,13 @@ def _write_tars(samples: Iterable[Sample], folder: Path, limit: int) -> list[Ind
     return parts + ([tar.close()] if tar is not None else [])
 
 
-def commit(out: Path, parts: Sequence[IndexPart], source: Mapping[str, Any] | None = None) -> int:
+def commit(
+    out: Path, parts: Sequence[IndexPart], source: Mapping[str, Any] | None = None, image_stamps: str = ""
+) -> int:
     """Put a complete set, whose tars lie in ``out/.partial``, in the old one's place; the order is what makes it safe.
 
-    A tar that a killed commit has moved already stays where it is.
+    A tar that a killed commit has moved already stays where it is. What `source` and `image_stamps` are for,
+    `shard_resume` says.
 
     Returns:
         the number of samples.
@@ -118,7 +122,7 @@ def commit(out: Path, parts: Sequence[IndexPart], source: Mapping[str, Any] | No
                 (partial / name).replace(out / name)
         names = {shard.name for shard in shards}
         _remove(stale for stale in out.glob("shard-*.tar") if stale.name not in names)
-        _finish(out, parts, index, source)
+        _finish(out, parts, index, source, image_stamps)
     except OSError as error:
         raise write_fault(error, out) from None
     return n_samples
@@ -135,15 +139,25 @@ def commit_index(out: Path, parts: Sequence[IndexPart]) -> int:
         fsync_path(out)
         for name in index:
             (out / PARTIAL / name).replace(out / name)
-        _finish(out, parts, index, None)
+        _finish(out, parts, index)
     except OSError as error:
         raise write_fault(error, out) from None
     return n_samples
 
 
-def _finish(out: Path, parts: Sequence[IndexPart], index: Mapping[str, Any], source: Mapping[str, Any] | None) -> None:
-    """What follows once tars and index have their names: the list of bad samples, and last the manifest."""
-    _remove([*out.glob("tokens.*.npy"), out / BAD_SAMPLES])  # of the set that was here before
+def _finish(
+    out: Path,
+    parts: Sequence[IndexPart],
+    index: Mapping[str, Any],
+    source: Mapping[str, Any] | None = None,
+    image_stamps: str = "",
+) -> None:
+    """What follows once tars and index have their names: what is written beside them, and last the manifest."""
+    # Of the set that was here before.
+    _remove([*out.glob("tokens.*.npy"), out / BAD_SAMPLES, out / IMAGES_STAMP])
+    if image_stamps:
+        (out / IMAGES_STAMP).write_text(image_stamps + "\n", encoding="utf-8")
+        fsync_path(out / IMAGES_STAMP)
     skipped = [entry for part in parts for entry in part.skipped]
     if skipped:
         lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in skipped)

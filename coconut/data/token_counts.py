@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from coconut.data.shard_build import Say
 from coconut.data.shard_index import MANIFEST, file_sha256, fsync_path, read_manifest
+from coconut.data.shard_survey import Say
 from coconut.data.shard_tar import write_fault
 from coconut.data.shard_writer import output_folder, write_manifest
 from coconut.data.shards import ShardReader

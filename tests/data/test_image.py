@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import io
 import json
+import zlib
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 from transformers import AutoImageProcessor, GotOcr2ImageProcessor
 
 from coconut.data import image as image_module
 from coconut.data.image import ImageProcessor, image_header, open_image
 from coconut.types import DataError
+
+XMP = b'<x:xmpmeta xmlns:tiff="http://ns.adobe.com/tiff/1.0/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
 
 
 def save(picture: Image.Image, fmt: str = "PNG", **options) -> bytes:
@@ -123,6 +127,55 @@ def test_first_frame_of_an_animation(picture) -> None:
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     animated = save(frames[0], "GIF", save_all=True, append_images=frames[1:])
     assert open_image(animated).getpixel((0, 0)) == (255, 0, 0)
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    body = kind + content
+    return len(content).to_bytes(4, "big") + body + zlib.crc32(body).to_bytes(4, "big")
+
+
+def orientation_notes() -> dict[str, bytes]:
+    """Chunks of a PNG that say "turn by a quarter", in the three forms that Pillow heeds, and one that says nothing."""
+    exif = Image.Exif()
+    exif[274] = 6
+    raw = f"\nexif\n{len(exif.tobytes()):8d}\n{exif.tobytes().hex()}".encode()
+    return {
+        "exif": chunk(b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0")),
+        "xmp": chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + XMP),
+        "raw profile": chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(raw)),
+        "date": chunk(b"tEXt", b"date:create\0today"),
+    }
+
+
+@pytest.mark.parametrize("place", ["before the pixels", "after them"])
+@pytest.mark.parametrize("note", orientation_notes())
+def test_a_png_is_indexed_as_it_is_decoded_wherever_its_orientation_stands(note: str, place: str, monkeypatch) -> None:
+    content = save(Image.new("RGB", (30, 20)))
+    cut = 33 if place == "before the pixels" else len(content) - 12  # after the header chunk; before the end chunk
+    content = content[:cut] + orientation_notes()[note] + content[cut:]
+    expected = (30, 20) if note == "date" else (20, 30)
+    assert open_image(content).size == expected
+    if note == "date" or place == "before the pixels":
+        monkeypatch.setattr(PngImageFile, "load", lambda _: pytest.fail("pixels were decoded for the header"))
+    assert image_header(content) == (*expected, "png")
+
+
+def test_of_two_orientations_the_decoder_and_the_index_take_the_same() -> None:
+    content = save(Image.new("RGB", (30, 20)))
+    turned = orientation_notes()["exif"]
+    exif = Image.Exif()
+    exif[274] = 1
+    upright = chunk(b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0"))
+    both = content[:33] + turned + content[33:-12] + upright + content[-12:]
+    assert image_header(both)[:2] == open_image(both).size == (30, 20)
+
+
+@pytest.mark.parametrize(
+    ("info", "size"), [({700: XMP}, (20, 30)), ({274: 6}, (20, 30)), ({274: 1, 700: XMP}, (30, 20)), ({}, (30, 20))]
+)
+def test_a_tiff_is_indexed_as_it_is_decoded(info: dict[int, object], size: tuple[int, int]) -> None:
+    content = save(Image.new("RGB", (30, 20)), "TIFF", tiffinfo=info)
+    assert image_header(content)[:2] == open_image(content).size == size
 
 
 @pytest.mark.parametrize("fmt", ["JPEG", "PNG", "TIFF", "WEBP"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -53,6 +54,10 @@ def data(tmp_path, picture) -> Path:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def contents_below(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def make(main, data: Path, out: Path, *options: str) -> int:
@@ -107,6 +112,66 @@ def test_what_is_complete_is_not_made_again_but_a_changed_image_is(main, data, t
     assert ShardReader(tmp_path / "out").read(1).images == (bytes(changed),)
     (tmp_path / "out" / "shard-000001.tar").unlink()
     assert make(main, data, tmp_path / "out", "--verify") == 0  # and a missing shard is mended
+
+
+def alike(data: Path, first: str = "1.jpg", second: str = "3.jpg") -> tuple[Path, Path]:
+    """Two images of equal size, written at the same instant."""
+    one, other = data.parent / "images" / first, data.parent / "images" / second
+    size = max(one.stat().st_size, other.stat().st_size)
+    for path in (one, other):
+        path.write_bytes(path.read_bytes().ljust(size, b"\0"))
+        os.utime(path, ns=(10**18, 10**18))
+    return one, other
+
+
+def test_images_of_equal_size_and_time_that_changed_places_are_noticed(main, data, tmp_path, capsys) -> None:
+    one, other = alike(data)
+    assert make(main, data, tmp_path / "out") == 0
+    before = ShardReader(tmp_path / "out").read(1).images, ShardReader(tmp_path / "out").read(3).images
+    one.rename(tmp_path / "elsewhere")
+    other.rename(one)
+    (tmp_path / "elsewhere").rename(other)
+    capsys.readouterr()
+    assert make(main, data, tmp_path / "out") == 0
+    assert "complete already" not in capsys.readouterr().out
+    reader = ShardReader(tmp_path / "out")
+    assert (reader.read(3).images, reader.read(1).images) == before and before[0] != before[1]
+    assert make(main, data, tmp_path / "out") == 0
+    assert "complete already" in capsys.readouterr().out
+
+
+def test_a_killed_run_notices_them_too(main, data, tmp_path) -> None:
+    one, other = alike(data)
+    assert killed_at_sync(main, 12, (data, tmp_path / "out"))
+    one.rename(tmp_path / "elsewhere")
+    other.rename(one)
+    (tmp_path / "elsewhere").rename(other)
+    assert make(main, data, tmp_path / "out") == 0
+    assert ShardReader(tmp_path / "out").read(1).images == (one.read_bytes(),)
+
+
+def test_another_folder_of_images_is_noticed(main, data, tmp_path, capsys) -> None:
+    for name in ("a", "b"):
+        shutil.copytree(data.parent / "images", tmp_path / name / "images")  # with their times
+    changed = tmp_path / "b" / "images" / "1.jpg"
+    times, content = changed.stat(), bytearray(changed.read_bytes())
+    content[-3] ^= 1
+    changed.write_bytes(content)
+    os.utime(changed, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert make(main, data, tmp_path / "out", "--image-root", str(tmp_path / "a")) == 0
+    capsys.readouterr()
+    assert make(main, data, tmp_path / "out", "--image-root", str(tmp_path / "b")) == 0
+    assert "complete already" not in capsys.readouterr().out
+    assert ShardReader(tmp_path / "out").read(1).images == (bytes(content),)
+
+
+def test_when_and_where_images_lie_changes_only_their_stamp(main, data, tmp_path) -> None:
+    assert make(main, data, tmp_path / "here") == 0
+    shutil.copytree(data.parent / "images", tmp_path / "there" / "images", copy_function=shutil.copyfile)
+    assert make(main, data, tmp_path / "copied", "--image-root", str(tmp_path / "there")) == 0
+    here, copied = contents(tmp_path / "here"), contents(tmp_path / "copied")
+    assert here.pop("images.stamp") != copied.pop("images.stamp")
+    assert here == copied
 
 
 def test_a_set_of_other_input_is_kept_unless_forced(main, data, tmp_path, capsys) -> None:
@@ -179,7 +244,7 @@ def test_killed_anywhere_it_leaves_no_half_set_and_goes_on(main, data, tmp_path,
         assert contents(out) == whole
         shutil.rmtree(out)
     assert n > 15
-    assert over_old or went_on > 8
+    assert went_on > 8
 
 
 @pytest.mark.parametrize("at_once", [False, True])
@@ -216,6 +281,53 @@ def test_a_part_of_other_input_or_that_is_none_is_refused(main, data, tmp_path, 
         with pytest.raises(SystemExit):
             make(main, data, tmp_path / "out", "--part", part)
         assert f"--part is {part}; write I/N" in capsys.readouterr().err
+
+
+def test_a_forced_run_goes_on_beside_the_old_set_and_other_unfinished_work_gives_way(
+    main, data, tmp_path, capfd
+) -> None:
+    out, other = tmp_path / "out", tmp_path / "other.json"
+    assert make(main, data, tmp_path / "whole") == 0
+    other.write_text(json.dumps([GOOD] * 30))
+    assert make(main, other, out) == 0
+    assert killed_at_sync(main, 12, (data, out, "--force"))
+    assert len(ShardReader(out)) == 30
+    assert main(["--out", str(out), "--verify", "--workers", "1"]) == 0
+    capfd.readouterr()
+    assert make(main, data, out, "--force") == 0
+    assert re.search(r"went on; [3-9] shards were whole already", capfd.readouterr().out)
+    assert contents(out) == contents(tmp_path / "whole")
+
+    assert killed_at_sync(main, 12, (data, out, "--force", "--max-side", "10"))
+    assert make(main, data, out, "--force") == 0
+    assert "went on" not in capfd.readouterr().out
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_a_commit_that_was_killed_is_not_indexed_by_halves(main, data, tmp_path, capfd) -> None:
+    out = tmp_path / "out"
+    assert make(main, data, tmp_path / "whole") == 0
+    if (child := os.fork()) == 0:
+        replace = os.replace
+
+        def deadly(source: Path, target: Path) -> None:
+            if Path(target) == out / "shard-000003.tar":
+                os.kill(os.getpid(), signal.SIGKILL)
+            replace(source, target)
+
+        os.replace = deadly
+        os._exit(make(main, data, out))
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    assert len(list(out.glob("*.tar"))) == 3
+    left = contents_below(out)
+    capfd.readouterr()
+    for options in ((), ("--skip-bad",)):
+        assert main(["--out", str(out), "--index-only", "--workers", "1", *options]) == 2
+        error = capfd.readouterr().err
+        assert error.count("\n") == 1 and f"give its command again (DATA --out {out}" in error
+    assert contents_below(out) == left
+    assert make(main, data, out) == 0
+    assert contents(out) == contents(tmp_path / "whole")
 
 
 def test_a_shard_damaged_after_the_kill_is_made_again(main, data, tmp_path) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import socket
 import threading
+import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -31,12 +33,16 @@ def quick(monkeypatch) -> None:
 
 
 class Server:
-    """Serves a folder; `faults` says what the next requests of a file get instead: 404, or cut off, or other bytes."""
+    """Serves a folder; `faults` says what the next requests of a file get: an error, a part, other bytes.
+
+    "cut off" ends after a half, "stalls" goes on no more after it, "silent" does not even answer.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.asked: Counter[str] = Counter()
         self.faults: dict[str, list[str]] = {}
         self.folder = folder
+        self.leave = threading.Event()
         server = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -46,18 +52,23 @@ class Server:
                 faults = server.faults.get(name, [])
                 fault = faults.pop(0) if faults else ""
                 path = server.folder / name
-                content = path.read_bytes() if fault != "404" and path.exists() else None
-                self.send_response(200 if content is not None else 404)
+                if fault == "silent":
+                    server.leave.wait(60)
+                    return
+                content = path.read_bytes() if fault not in ("404", "503") and path.exists() else None
+                self.send_response(200 if content is not None else int(fault or 404))
                 if content is None:
                     self.end_headers()
                     return
                 self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
-                if fault == "cut off":
+                if fault in ("cut off", "stalls"):
                     content = content[: len(content) // 2]
                 elif fault == "other bytes":
                     content = bytes(len(content))
                 self.wfile.write(content)
+                if fault == "stalls":
+                    server.leave.wait(60)
 
             def log_message(self, *_: object) -> None:
                 pass
@@ -71,6 +82,7 @@ class Server:
 def server(shards):
     server = Server(shards)
     yield server
+    server.leave.set()
     server.http.shutdown()
     server.http.server_close()
 
@@ -131,6 +143,48 @@ def test_a_server_that_stays_away_is_no_bad_sample(server, tmp_path) -> None:
     server.faults = {"manifest.json": ["404"] * 9}
     with pytest.raises(SourceError, match=r"/data/set/manifest\.json\?a=b could not be fetched"):
         open_dataset(f"{server.url}?a=b", cache_dir=tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["stalls", "silent", "503"])
+def test_a_server_that_stands_still_or_is_busy_is_left_and_asked_again(
+    server, shards, tmp_path, monkeypatch, fault: str
+) -> None:
+    monkeypatch.setattr(remote, "STALL_S", 1)
+    reader = open_dataset(server.url, cache_dir=tmp_path)
+    begin = time.monotonic()
+    server.faults = {"shard-000000.tar": [fault]}
+    assert reader.read(0) == ShardReader(shards).read(0)
+    assert server.asked["shard-000000.tar"] == 2
+    assert time.monotonic() - begin < 30
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("fault", "reason"), [("stalls", "stood still"), ("503", "cannot give the file")])
+def test_the_wait_for_such_a_server_ends(server, tmp_path, monkeypatch, fault: str, reason: str) -> None:
+    reader = open_dataset(server.url, cache_dir=tmp_path)
+    monkeypatch.setattr(remote, "STALL_S", 1)
+    monkeypatch.setattr(remote, "ATTEMPTS", 2)
+    server.faults = {"shard-000000.tar": [fault] * 9}
+    begin = time.monotonic()
+    with pytest.raises(SourceError, match=rf"shard-000000\.tar could not be fetched in 2 attempts: .*{reason}"):
+        reader.read(0)
+    assert server.asked["shard-000000.tar"] == 2
+    assert time.monotonic() - begin < 60
+
+
+def test_a_server_that_takes_no_connection_is_given_up(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(remote, "CONNECT_S", 1)
+    monkeypatch.setattr(remote, "ATTEMPTS", 2)
+    with socket.socket() as full:  # listens, with no room for one that is waiting to be taken
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        with socket.create_connection(full.getsockname()):
+            begin = time.monotonic()
+            url = f"http://127.0.0.1:{full.getsockname()[1]}/set"
+            with pytest.raises(SourceError, match="cannot be reached in time"):
+                open_dataset(url, cache_dir=tmp_path)
+    assert time.monotonic() - begin < 60
 
 
 def test_a_set_that_was_written_anew_is_another_one(server, tmp_path, make_samples) -> None:

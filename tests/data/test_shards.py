@@ -15,11 +15,14 @@ import pytest
 import webdataset
 
 from coconut.data import shard_writer
+from coconut.data.bad_samples import bad_samples_of
 from coconut.data.image import ImageProcessor
+from coconut.data.plan import make_plan
 from coconut.data.shard_index import MANIFEST, ROW
 from coconut.data.shard_verify import verify_shards
 from coconut.data.shards import ShardReader, open_dataset, write_shards
-from coconut.types import DataError, Sample
+from coconut.data.stream import StreamLoader
+from coconut.types import Batch, DataError, Sample
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +202,43 @@ def test_verify_finds_a_flipped_bit(shards) -> None:
     tar.write_bytes(content)
     ShardReader(shards)  # not looked at: opening must be quick
     assert "shard-000001.tar: its SHA-256 is not that of the manifest" in verify_shards(shards)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_flipped_bit_in_a_picture_that_still_decodes_is_a_bad_sample(
+    tmp_path, make_samples, picture, num_workers: int
+) -> None:
+    samples = [replace(sample, images=(picture(8, 8, fmt="BMP"),)) for sample in make_samples(4)]
+    write_shards(samples, tmp_path)
+    tar = tmp_path / "shard-000000.tar"
+    content = bytearray(tar.read_bytes())
+    content[content.find(samples[0].images[0]) + 60] ^= 1  # of the first sample's first pixel
+    tar.write_bytes(content)
+    reader = ShardReader(tmp_path)
+    with pytest.raises(DataError, match=r"shard-000000\.tar \(key sample-0\): checksum: its bytes are not those"):
+        reader.read(0)
+    assert [reader.read(i).key for i in range(1, 4)] == ["sample-1", "sample-2", "sample-3"]
+
+    loader = StreamLoader(
+        reader,
+        make_plan(np.ones(4), seed=0, epoch=0, slots=1, samples_per_step=4, balance="none"),
+        encode=lambda sample, _: {"key": sample.key, "num_patches": 0},
+        stage=lambda features: features,
+        collate=lambda features: Batch({}, tuple(one["key"] for one in features), 0),
+        num_workers=num_workers,
+    )
+    (batch,) = loader
+    assert sorted(batch.keys) == ["sample-1", "sample-2", "sample-3"]
+    (bad,) = bad_samples_of([batch])
+    assert (bad.shard, bad.key) == ("shard-000000.tar", "sample-0") and bad.reason.startswith("checksum: ")
+
+
+def test_a_set_without_checksums_of_samples_is_read_as_before(shards, samples) -> None:
+    manifest = json.loads((shards / MANIFEST).read_text())
+    del manifest["index"]["index.checksums.npy"]
+    (shards / MANIFEST).write_text(json.dumps(manifest))
+    (shards / "index.checksums.npy").unlink()
+    assert [ShardReader(shards).read(i).key for i in range(13)] == [sample.key for sample in samples]
 
 
 def test_index_of_other_shards_is_noticed(shards, samples, tmp_path) -> None:

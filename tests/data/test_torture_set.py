@@ -1,6 +1,6 @@
 """Bad input of many kinds in one set of shards: what can be decoded is decoded rightly, the rest is left out by name.
 
-Each case is one sample that was changed inside a shard whose index is right; a sound sample follows each.
+Each case is one sample inside a shard whose index, checksums too, is right; a sound sample follows each.
 """
 
 from __future__ import annotations
@@ -240,6 +240,8 @@ def write_set(folder: Path, blocks: list[bytes]) -> None:
     rows = np.load(folder / "index.rows.npy")
     rows["offset"], rows["size"] = np.cumsum(sizes) - sizes, sizes
     np.save(folder / "index.rows.npy", rows)
+    # As if the samples had been bad when they were written: what happens to bytes afterwards, the checksum tells.
+    np.save(folder / "index.checksums.npy", np.array([zlib.crc32(block) for block in blocks], dtype=np.uint32))
     tar = folder / "shard-000000.tar"
     tar.write_bytes(b"".join(blocks) + bytes(1024))
     manifest = json.loads((folder / "manifest.json").read_text())

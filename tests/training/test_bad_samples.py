@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +57,8 @@ class TestReport:
 
 
 def damage(folder: Path, index: int, how: int) -> None:
-    """Overwrite a part of one sample inside its shard: a tar header, the record, or the picture's bytes."""
+    """Overwrite a part of one sample inside its shard: a tar header after it was written, or the record or the
+    picture's bytes as if they had been written so, with the right checksum."""
     reader = ShardReader(folder)
     row = reader.index.rows[index]
     path = folder / reader.index.shards[int(row["shard"])].name
@@ -66,6 +68,10 @@ def damage(folder: Path, index: int, how: int) -> None:
     names = {bytes(block[at : at + 100]).rstrip(b"\0").rpartition(b".")[2]: at for at in members}
     at = members[0] if how == 0 else names[b"json"] + 512 if how == 1 else names[b"png"] + 512 + 40
     block[at : at + 16] = b"\xff" * 16
+    if how > 0:
+        checksums = np.load(folder / "index.checksums.npy")
+        checksums[index] = zlib.crc32(block[first : first + size])
+        np.save(folder / "index.checksums.npy", checksums)
     path.write_bytes(block)
 
 
@@ -108,7 +114,7 @@ class TestRuns:
         assert {row["split"] for row in rows} == {"train"}
         reasons = sorted(row["reason"].split(":")[0] for row in rows)
         assert [reason.split(" at ")[0] for reason in reasons] == [
-            "broken tar header", "image 1 of 1", "its json member is not JSON",
+            "checksum", "image 1 of 1", "its json member is not JSON",
         ]  # fmt: skip
         last = unbroken.rows()[-1]
         assert last["samples"] == 2 * (256 - 3)
