@@ -1,6 +1,6 @@
 """How training went, run by run and stage by stage: scores, rates, and what the machine was busy with.
 
-Rows of metrics.jsonl -> of each stage, sums over its steps, or means weighted by time -> a table
+Rows of metrics.jsonl -> of each stage, sums over its steps, or means weighted by time -> two tables
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 from coconut.evaluation.collect import Run
 from coconut.evaluation.wording import count, duration, percent
 
-#: Heads of columns and how to write their values; a column that no run has is left out.
-_COLUMNS: dict[str, Callable[[float], str]] = {
+#: Heads of columns and how to write their values; a column that no run has is left out. Two tables: one is too wide.
+_PROGRESS: dict[str, Callable[[float], str]] = {
     "Steps": count,
     "Time": duration,
     "Answers right": percent,
@@ -23,6 +23,8 @@ _COLUMNS: dict[str, Callable[[float], str]] = {
     "Samples/s": "{:,.1f}".format,
     "Tokens/s": "{:,.0f}".format,
     "Patches/s": "{:,.1f}".format,
+}
+_MACHINE: dict[str, Callable[[float], str]] = {
     "MFU": percent,
     "Waited for data": percent,
     "Imbalance": "{:.3f}".format,
@@ -36,23 +38,22 @@ _MEANS = {"MFU": "mfu", "Waited for data": "loader_wait_share", "Imbalance": "im
 _MEANS |= {"Norm of thoughts": "thought_norm", "of embeddings": "embedding_norm"}
 
 
-def stages_table(runs: Sequence[Run]) -> dict[str, Any] | None:
-    """Head and rows: one of each stage of each run, those that were broken off included; None without a train row."""
+def stages_tables(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Heads and rows: a row for each stage of each run, broken off or not; no table without a row of training."""
     names = Counter(run.name for run in runs)
     rows = []
     for run in runs:
         name = run.name if names[run.name] == 1 else f"{run.name} ({run.folder.parent.name}/{run.folder.name})"
         rows += [(f"{name}, stage {stage}", values) for stage, values in _stages(run).items()]
-    heads = [head for head in _COLUMNS if any(head in values for _, values in rows)]
-    if not rows:
-        return None
-    return {
-        "head": ["Stage", *heads],
-        "rows": [
-            {"name": name, "cells": [_COLUMNS[head](values[head]) if head in values else "–" for head in heads]}
-            for name, values in rows
-        ],
-    }
+    tables = []
+    for columns in (_PROGRESS, _MACHINE):
+        heads = [head for head in columns if any(head in values for _, values in rows)]
+        if heads:
+            written = [(name, [columns[h](values[h]) if h in values else "–" for h in heads]) for name, values in rows]
+            tables.append(
+                {"head": ["Stage", *heads], "rows": [{"name": name, "cells": cells} for name, cells in written]}
+            )
+    return tables
 
 
 def _stages(run: Run) -> dict[int, dict[str, float]]:
