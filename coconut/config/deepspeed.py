@@ -6,6 +6,7 @@ says one thing here and another there must fail before any weight is loaded.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ from coconut.config.ds_faults import deepspeed_faults
 from coconut.types import ConfigError
 
 AUTO = "auto"
+#: Sections of DeepSpeed's monitors; the trainer writes to them itself (`coconut.training.monitors`).
+MONITORS = ("tensorboard", "csv_monitor", "comet")
 _SECTIONS = ("zero_optimization", "bf16", "fp16", "optimizer", "optimizer.params")  # that we read or write ourselves
 
 
@@ -120,6 +123,8 @@ def resolve_ds_config(
         "optimizer.params.lr": (config.learning_rate, "learning_rate"),
         "optimizer.params.weight_decay": (config.weight_decay, "weight_decay"),
     }
+    if config.tensorboard:
+        ours["tensorboard.enabled"] = (True, "tensorboard")
     sizes = {
         "zero_optimization.reduce_bucket_size": hidden_size * hidden_size,
         "zero_optimization.stage3_prefetch_bucket_size": int(0.9 * hidden_size * hidden_size),
@@ -141,6 +146,7 @@ def resolve_ds_config(
     for key, size in sizes.items():
         if _get(resolved, key) == AUTO:
             _set(resolved, key, size)
+    faults += _monitor_faults(resolved, config)
     autos = [f'{key} is "auto", which has no meaning here; write a value' for key in _autos(resolved)]
     faults += autos
     if path and not autos:  # else DeepSpeed would find fault with them too, in words of its own
@@ -148,6 +154,21 @@ def resolve_ds_config(
     if faults:
         raise ConfigError(f"{path} cannot be used with this run configuration:\n  - " + "\n  - ".join(faults))
     return resolved
+
+
+def _monitor_faults(resolved: dict[str, Any], config: Any) -> Iterator[str]:
+    """Puts TensorBoard's events into the run folder, where the file names no other; yields what would go wrong."""
+    if _get(resolved, "wandb.enabled"):
+        yield (
+            "wandb.enabled is true: DeepSpeed and the trainer would both write to one wandb run; leave the section out "
+            "and set use_wandb: true"
+        )
+    if _get(resolved, "tensorboard.enabled"):
+        if importlib.util.find_spec("tensorboard") is None:
+            yield "tensorboard is asked for, but not installed: pip install tensorboard"
+        if not _get(resolved, "tensorboard.output_path"):
+            _set(resolved, "tensorboard.output_path", str(config.run_dir))
+            resolved["tensorboard"].setdefault("job_name", "tensorboard")
 
 
 def _get(tree: dict[str, Any], key: str, default: Any = None) -> Any:

@@ -93,7 +93,18 @@ class Schema(BaseModel):
     )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="least level that is logged")
     log_every_n_steps: Steps = Field(10, ge=1, description="optimizer steps between two rows of training metrics")
-    use_wandb: bool = Field(False, description="also send metrics to wandb (WANDB_MODE=offline works)")
+    use_wandb: bool = Field(
+        False,
+        description="also send metrics to wandb; a resumed run goes on in the same one (WANDB_MODE=offline works)",
+    )
+    tensorboard: bool = Field(
+        False,
+        description="also write metrics to RUN/tensorboard, through DeepSpeed's monitor (pip install tensorboard)",
+    )
+    live_view: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description="the run's state at the foot of the terminal, above it the log; auto: where standard output is one",
+    )
     wandb_project: Text | None = Field(None, description="wandb project; null = project")
 
     # -- model --
@@ -355,6 +366,12 @@ class Schema(BaseModel):
     )
     num_threads: Annotated[Int, Unit("threads")] | None = Field(
         None, ge=1, description="CPU threads of a rank; null = as the launcher set them"
+    )
+    peak_tflops: Annotated[Float, Unit("TFLOPS")] | None = Field(
+        None,
+        gt=0,
+        description="dense bf16 peak of one rank's device, which MFU is a share of; null = by the GPU's name, where it "
+        "is known, and on a CPU no MFU",
     )
 
     @field_validator("log_level", mode="before")

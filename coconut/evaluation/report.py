@@ -16,6 +16,7 @@ from coconut.evaluation import figures, tables
 from coconut.evaluation.collect import Evaluation, Method, Run, group_methods, read_floors
 from coconut.evaluation.examples import examples
 from coconut.evaluation.page import data_uri, render
+from coconut.evaluation.run_table import stages_tables
 from coconut.evaluation.tables import interval_of, mean_of
 from coconut.evaluation.wording import count, duration, percent
 from coconut.types import DataError
@@ -63,6 +64,7 @@ class Report:
             "changes": self._changes(methods, floors, series, out),
             "seeds": tables.seeds_table(methods),
             "training": self._training(series, out),
+            "stages": stages_tables(self.runs),
             "examples": examples(methods),
             "times": tables.times_list(self.times),
             "machine": tables.machine_lines(self.evaluations),

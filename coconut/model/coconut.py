@@ -30,6 +30,7 @@ from coconut.model.generate import (
 from coconut.model.loop import LatentLoop, gathered
 from coconut.model.loss import label_loss, label_positions, n_chunks
 from coconut.model.multipass import PassOutput, ThoughtTransform
+from coconut.model.norms import NormMeter
 from coconut.model.pass_cache import checkpoint_layers
 from coconut.model.spans import check_shapes, count_calls, cut_into_passes, latent_columns
 from coconut.model.tiles import black_tile, flatten_tiles, insert_images, real_tiles, tiles_a_row
@@ -60,6 +61,7 @@ class MultimodalCoconut(nn.Module):
             sets it; every rank must then call forward equally often.
         prompt_template: how raw questions are wrapped by `generate`; set by `from_pretrained` and the trainer.
         stage_spec: the curriculum stage the weights were trained at; gives `generate` its number of thoughts.
+        norms: of the thoughts and of the text's embeddings, added up in training mode.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class MultimodalCoconut(nn.Module):
         # After base_model, since ZeRO-3 gives a weight to the leaf that it meets last.
         self.loop = LatentLoop(self.backbone.decoder)
         self.auxiliary_losses: dict[str, tuple[AuxiliaryLoss, float]] = {}
+        self.norms = NormMeter()
         self.latent_token_id = latent_token_id
         self.start_latent_id = start_latent_id
         self.end_latent_id = end_latent_id
@@ -376,17 +379,23 @@ class MultimodalCoconut(nn.Module):
         embeds_BLH = self.backbone.embed(input_ids)
         embeds_BLH = insert_images(embeds_BLH, input_ids, self.backbone.image_token_id, visual_features)
         is_latent_BL = input_ids == self.latent_token_id
+        is_thought_BL = is_latent_BL & (self.latent_feedback != "none")
         output = self.loop.run(
             embeds_BLH,
             attention_mask,
             position_ids,
             cut_into_passes(columns, is_latent_BL, n_calls, self.loop.iterations),
-            is_latent_BL & (self.latent_feedback != "none"),
+            is_thought_BL,
             use_cache=use_cache,
             thought_transform=thought_transform,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
         )
+        if self.training:
+            is_text_BL = (attention_mask > 0) & ~is_latent_BL
+            if self.backbone.image_token_id is not None:
+                is_text_BL &= input_ids != self.backbone.image_token_id
+            self.norms.add(output.thoughts_BKH, is_thought_BL[:, columns], embeds_BLH, is_text_BL)
         output.hidden_BLH = output.hidden_BLH[:, :length]
         return output
 

@@ -57,6 +57,7 @@ def guarded_update(engine: Any, drop: bool) -> Iterator[None]:
     """
     optimizer = engine.optimizer
     replaced: dict[str, Any] = {}
+    of_engine: dict[str, Any] = {}
     if hasattr(optimizer, "_loss_scale_update_and_overflow_cleanup"):  # ZeRO-3; looks at the gradient norm itself
         if drop:
             replaced["_overflow_check_and_loss_scale_update"] = partial(_overflow_zero3, optimizer)
@@ -66,13 +67,16 @@ def guarded_update(engine: Any, drop: bool) -> Iterator[None]:
             replaced["check_overflow"] = partial(_overflow_zero12, optimizer)
     else:
         replaced["step"] = partial(_step_if_finite, engine, optimizer.step, drop)
-    for name, function in replaced.items():
-        setattr(optimizer, name, function)
+        of_engine["clip_fp32_gradients"] = partial(_clip, engine)
+    changes = [(optimizer, name, function) for name, function in replaced.items()]
+    changes += [(engine, name, function) for name, function in of_engine.items()]
+    for owner, name, function in changes:
+        setattr(owner, name, function)
     try:
         yield
     finally:
-        for name in replaced:
-            delattr(optimizer, name)  # the class's own is seen again
+        for owner, name, _ in changes:
+            delattr(owner, name)  # the class's own is seen again
 
 
 def _overflow_zero3(optimizer: Any, update_scale: bool = True) -> bool:
@@ -84,9 +88,20 @@ def _overflow_zero12(optimizer: Any, partition_gradients: bool = True) -> None:
     optimizer.overflow = True
 
 
+def _clip(engine: Any) -> None:
+    """What the engine does without ZeRO in float32; DeepSpeed 0.19.8 throws the norm away that it finds by it."""
+    from deepspeed.runtime.utils import clip_grad_norm_
+
+    engine._global_grad_norm = clip_grad_norm_(
+        parameters=engine.module.parameters(), max_norm=engine.gradient_clipping(), mpu=engine.mpu
+    )
+
+
 def _step_if_finite(engine: Any, step: Callable[[], Any], drop: bool) -> None:
     # Whole on every rank and reduced already, so all ranks see the same.
-    gradients = (p.grad for p in engine.module.parameters() if p.grad is not None)
+    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    if engine.gradient_clipping() == 0 and not hasattr(engine.optimizer, "_global_grad_norm"):
+        engine._global_grad_norm = torch.nn.utils.get_total_norm(gradients)
     engine.optimizer.overflow = drop or not all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
     if not engine.optimizer.overflow:
         step()

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from coconut.config.deepspeed import BatchGeometry, resolve_ds_config
+from coconut.config.deepspeed import MONITORS, BatchGeometry, resolve_ds_config
 from coconut.model import MultimodalCoconut
 from coconut.types import ConfigError
 from coconut.utils.distributed import get_local_rank, get_world_size, init_distributed_training, is_main_process
@@ -21,7 +21,7 @@ logger = get_logger(__name__)
 def build_engine(
     model: MultimodalCoconut, config: Any, run_dir: Path | None, geometry: BatchGeometry | None = None
 ) -> Any:
-    """Hand `model` to a DeepSpeed engine, which owns optimizer, gradients and precision from then on.
+    """Hand `model` to a DeepSpeed engine, which owns optimizer, gradients and precision from then on, but no monitors.
 
     Args:
         model: its weights may already be partitioned (ZeRO-3).
@@ -40,7 +40,7 @@ def build_engine(
         (run_dir / "ds_config.json").write_text(json.dumps(resolved, indent=2) + "\n")
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    return start_engine(model, resolved)
+    return start_engine(model, {name: value for name, value in resolved.items() if name not in MONITORS})
 
 
 def start_engine(model: MultimodalCoconut, ds_config: dict[str, Any]) -> Any:

@@ -1,14 +1,15 @@
-"""Metrics of a run: one JSON line a measurement, to wandb as well when that is on, and a line a person can read."""
+"""Metrics of a run: a JSON line a measurement, to wandb and DeepSpeed's monitors where asked for, a line to read."""
 
 from __future__ import annotations
 
 import json
 import math
-import time
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from coconut.training.monitors import open_monitors
 from coconut.utils.distributed import is_main_process
 from coconut.utils.logging import get_logger, log_to_wandb
 
@@ -25,6 +26,11 @@ class MetricsWriter:
 
     def __init__(self, run_dir: Path) -> None:
         self.path = run_dir / METRICS_FILE
+        self._monitors: Any = None
+
+    def open_monitors(self, ds_config: dict[str, Any], step: int) -> None:
+        """Send later rows to DeepSpeed's monitors too; see `monitors.open_monitors`."""
+        self._monitors = open_monitors(ds_config, step)
 
     def rewind(self, step: int) -> None:
         """Drop the rows of steps after `step`, which a resumed run is about to take again."""
@@ -44,7 +50,10 @@ class MetricsWriter:
         row = _without_nan({"kind": kind, **values})
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
-        log_to_wandb({f"{kind}/{name}": v for name, v in values.items() if isinstance(v, (int, float))}, values["step"])
+        numbers = {f"{kind}/{name}": v for name, v in values.items() if isinstance(v, (int, float)) and name != "step"}
+        log_to_wandb(numbers, values["step"])
+        if self._monitors is not None:
+            self._monitors.write_events([(name, value, values["step"]) for name, value in numbers.items()])
 
 
 def _without_nan(value: Any) -> Any:
@@ -56,48 +65,75 @@ def _without_nan(value: Any) -> Any:
 
 @dataclass
 class Totals:
-    """Sums over optimizer steps, on all ranks; divided only when they are read."""
+    """Sums over optimizer steps, on all ranks where nothing else is said; divided only when they are read."""
 
-    loss_sum: float = 0.0
+    loss_sum: float = 0.0  # of this rank
     label_tokens: int = 0
     samples: int = 0
     tokens: int = 0
+    patches: int = 0
+    cells: int = 0  # of batches, padding included
+    costliest: float = 0.0  # cost of the costliest rank of each micro-step
+    mean_cost: float = 0.0
+    flops: float = 0.0  # forward and backward, without what gradient checkpointing computes again
     steps: int = 0
     loader_wait_s: float = 0.0  # of this rank, until its batches were there
-    started: float = field(default_factory=time.perf_counter)
+    seconds: float = 0.0  # of training steps, validation and saving not counted
 
-    def add(self, loss_sum: float, plan: StepPlan, is_sound: bool) -> None:
+    def add(self, loss_sum: float, plan: StepPlan, flops: float, is_sound: bool) -> None:
         """One step more; the loss of one whose update was dropped is in the row of the anomaly, not in the mean."""
         if is_sound:
             self.loss_sum += loss_sum
             self.label_tokens += plan.label_tokens
         self.samples += plan.samples
         self.tokens += plan.tokens
+        self.patches += plan.patches
+        self.cells += plan.cells
+        self.costliest += plan.costliest
+        self.mean_cost += plan.mean_cost
+        self.flops += flops
         self.steps += 1
 
-    @property
-    def seconds(self) -> float:
-        return time.perf_counter() - self.started
+    def rates(self, peak_flops: float | None, norms: Sequence[float]) -> dict[str, float]:
+        """What a row of training metrics says (docs/cockpit.md has each formula).
 
-    def rates(self) -> dict[str, float]:
-        """Mean loss a label token, how fast it went, and how long the data were waited for."""
+        Args:
+            peak_flops: operations a second that all ranks' devices together can do at most; None leaves out ``mfu``.
+            norms: as `NormMeter.take` gives them, over all ranks; norms of nothing are left out.
+        """
         seconds = max(self.seconds, 1e-9)
-        return {
+        rates = {
             "loss": self.loss_sum / self.label_tokens if self.label_tokens else math.nan,
             "samples_per_s": self.samples / seconds,
             "tokens_per_s": self.tokens / seconds,
+            "patches_per_s": self.patches / seconds,
+            "step_s": self.seconds / max(self.steps, 1),
             "loader_wait_s": self.loader_wait_s,
             "loader_wait_share": self.loader_wait_s / seconds,
+            "imbalance": self.costliest / self.mean_cost if self.mean_cost else 1.0,
+            "padding": 1 - self.tokens / self.cells if self.cells else 0.0,
         }
+        if peak_flops is not None:
+            rates["mfu"] = self.flops / (seconds * peak_flops)
+        for name, norm_sum, count in zip(("thought_norm", "embedding_norm"), norms[::2], norms[1::2], strict=True):
+            if count and norms[1]:  # a method without thoughts has nothing to compare
+                rates[name] = norm_sum / count
+        return rates
 
 
 def progress_line(where: str, rates: dict[str, float], seconds_left: float | None) -> str:
     """``stage 1  step 40/157  loss 0.1234  512 samples/s  20.1k tokens/s  waited 2% for data  at most 1:05 left``."""
     line = f"{where}  loss {rates['loss']:.4f}  {rates['samples_per_s']:.0f} samples/s"
     line += f"  {rates['tokens_per_s'] / 1000:.1f}k tokens/s  waited {rates['loader_wait_share']:.0%} for data"
+    if "mfu" in rates:
+        line += f"  MFU {rates['mfu']:.1%}"
     if seconds_left is not None:
-        minutes, seconds = divmod(round(seconds_left), 60)
-        hours, minutes = divmod(minutes, 60)
-        clock = f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
-        line += f"  at most {clock} left in this stage"
+        line += f"  at most {clock(seconds_left)} left in this stage"
     return line
+
+
+def clock(seconds: float) -> str:
+    """``1:05``, or ``2:01:05`` from an hour on."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

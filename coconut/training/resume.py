@@ -98,7 +98,7 @@ def find_start(checkpoints: CheckpointFolder, resume: str, *, look_only: bool = 
 def _make_room(checkpoints: CheckpointFolder, folder: Path | None) -> Checkpoint | None:
     run_dir = checkpoints.folder.parent
     if folder is None:
-        old = set_aside(run_dir, ("checkpoints", "stage_*", "final", METRICS_FILE, BAD_SAMPLES_FILE))
+        old = set_aside(run_dir, ("checkpoints", "stage_*", "final", "tensorboard", METRICS_FILE, BAD_SAMPLES_FILE))
         if old is not None:
             logger.info("what an earlier run left in %s is now in %s", run_dir, old)
         return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from coconut.training.stop import StopRequests
 from coconut.training.validation import to_device
 from coconut.training.watchdog import Watchdog
 from coconut.types import Batch
-from coconut.utils.distributed import all_reduce_sum, get_world_size
+from coconut.utils.distributed import all_reduce_sum, get_rank, get_world_size
 
 #: Fault of a step of which no sample could be used: weights and moments stay, and nothing is wrong with the model.
 NO_LABELS = "no label token"
@@ -37,12 +37,25 @@ class StepPlan:
     new_bad_samples: int  # of which the run's report does not name
     written: int  # ranks that have written their part of an unfinished checkpoint
     stop_reason: str | None  # why nobody takes this step
+    cells: int = 0  # rows x columns of the batches: tokens and padding
+    costliest: float = 0.0  # cost of the costliest rank of each micro-step, added up; in tokens, as the mean
+    mean_cost: float = 0.0  # cost of a rank on average
 
 
 def agree(
-    micro_batches: Sequence[Batch], stops: StopRequests, report: BadSampleReport, checkpoints: CheckpointFolder
+    micro_batches: Sequence[Batch],
+    stops: StopRequests,
+    report: BadSampleReport,
+    checkpoints: CheckpointFolder,
+    cost: Callable[[Batch], float],
+    accumulation: int,
 ) -> StepPlan:
-    """Add up what the ranks bring, and whether one of them was asked to stop."""
+    """Add up what the ranks bring, and whether one of them was asked to stop.
+
+    Args:
+        cost: of a micro-batch, in tokens.
+        accumulation: micro-batches of a rank in a whole step.
+    """
     bad = bad_samples_of(micro_batches)
     counts = {
         "batches": len(micro_batches),
@@ -53,10 +66,30 @@ def agree(
         "bad_samples": len(bad),
         "new_bad_samples": len(report.unnamed(bad)),
         "written": int(checkpoints.is_written),
+        "cells": sum(batch.tensors["input_ids"].numel() for batch in micro_batches if batch.keys),
     }
-    sums = all_reduce_sum([*map(float, counts.values()), *stops.flags()])
+    # Each rank fills in its own places of a table, so that one sum tells every rank's costs to all.
+    costs, first = [0.0] * (get_world_size() * accumulation), get_rank() * accumulation
+    costs[first : first + len(micro_batches)] = map(cost, micro_batches)
+    flags = stops.flags()
+    sums = all_reduce_sum([*map(float, counts.values()), *flags, *costs])
     totals = {name: int(total) for name, total in zip(counts, sums, strict=False)}
-    return StepPlan(**totals, stop_reason=stops.reason(sums[len(counts) :]))
+    flags, costs = sums[len(counts) : -len(costs)], sums[-len(costs) :]
+    return StepPlan(
+        **totals,
+        stop_reason=stops.reason(flags),
+        costliest=sum(max(costs[number::accumulation]) for number in range(accumulation)),
+        mean_cost=sum(costs) / get_world_size(),
+    )
+
+
+def batch_cost(batch: Batch, n_latent_columns: int, cost_per_patch: float, cost_per_latent_pass: float) -> float:
+    """What a micro-batch costs as it is computed, in tokens: padding too, which the plan's costs know nothing of."""
+    if not batch.keys:
+        return 0.0
+    rows, columns = batch.tensors["input_ids"].shape
+    patches = int(batch.tensors["num_patches"].sum()) if "num_patches" in batch.tensors else 0
+    return float(rows * (columns + cost_per_latent_pass * n_latent_columns) + cost_per_patch * patches)
 
 
 @dataclass(frozen=True)

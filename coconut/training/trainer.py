@@ -5,6 +5,7 @@ for stage:  reset optimizer -> for epoch: train_epoch -> validate -> save_checkp
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterable, Iterator
 from functools import cached_property, partial
@@ -25,6 +26,7 @@ from coconut.training.checkpoint import CheckpointFolder, load_checkpoint
 from coconut.training.engine import build_engine, is_owned, reset_optimizer, set_learning_rate
 from coconut.training.export import best_name, export_model, exported_step, mark_stage_done, settle_best
 from coconut.training.inputs import TrainingInputs
+from coconut.training.live_view import LiveView
 from coconut.training.metrics import Totals
 from coconut.training.recovery import Recovery
 from coconut.training.resume import find_start, fixed_settings, last_stage, take_run
@@ -32,11 +34,12 @@ from coconut.training.run_log import RunLog
 from coconut.training.schedule import is_at_bound, is_validation_due, reason_to_end
 from coconut.training.stages import StageManager
 from coconut.training.state import TrainState
-from coconut.training.step import NO_LABELS, StepPlan, agree, seed_step, take_step
+from coconut.training.step import NO_LABELS, StepPlan, agree, batch_cost, seed_step, take_step
 from coconut.training.stop import StopRequests, noting_signals
 from coconut.training.validation import as_batch, validate
 from coconut.training.watchdog import Watchdog
 from coconut.types import Batch, CheckpointError, ConfigError, DataError
+from coconut.utils.device import device_name, peak_flops
 from coconut.utils.distributed import (
     all_reduce_sum,
     get_world_size,
@@ -86,7 +89,8 @@ class MultimodalCoTTrainer:
         self.checkpoints = CheckpointFolder(
             self.run_dir / "checkpoints", config.max_checkpoints, fixed_settings(config) | data
         )
-        self.log = RunLog(self.run_dir, self.stages)
+        view = LiveView(config.live_view, f"{config.name}  {config.method}")
+        self.log = RunLog(self.run_dir, self.stages, peak_flops(config.peak_tflops, device_name()), view)
         self.bad_samples = BadSampleReport(self.run_dir, config.max_bad_fraction)
         self.recovery = Recovery(self.checkpoints, self.log, config)
         self.watchdog = Watchdog(config.hang_timeout_s, self.run_dir)
@@ -115,6 +119,8 @@ class MultimodalCoTTrainer:
         self.state.group = self.state.group or get_world_size()
         if is_main_process() and not self.is_dry:
             self.config.save(self.run_dir / "config.yaml")
+            ds_config = json.loads((self.run_dir / "ds_config.json").read_text())
+            self.log.metrics.open_monitors(ds_config, self.state.step)
         return engine
 
     # -- the run --
@@ -124,7 +130,7 @@ class MultimodalCoTTrainer:
 
         Stops before that, with a checkpoint, where `stop_after_stage` or a stop request says so.
         """
-        with noting_signals(), self.watchdog:
+        with noting_signals(), self.watchdog, self.log.view:
             self._train()
             self.checkpoints.settle()
 
@@ -271,7 +277,10 @@ class MultimodalCoTTrainer:
             window.loader_wait_s += time.perf_counter() - asked
             if not self._train_step(micro_batches, accumulation, whole, window):
                 break
-            self.state.seconds += time.perf_counter() - begin
+            spent = time.perf_counter() - begin
+            for counted in (self.state, whole, window):
+                counted.seconds += spent
+            self.log.step(self.state, steps)
             settings = self.stages.settings(self.state.stage)
             at_end = is_ours and (self.state.epoch_step == steps or is_at_bound(self.state, settings, False))
             if self.state.step % self.config.log_every_n_steps == 0 or at_end:
@@ -294,7 +303,7 @@ class MultimodalCoTTrainer:
         """One optimizer step on all ranks; False, and nothing done, when a rank has no batch left or a stop is due."""
         engine, state, config = self.engine, self.state, self.config
         self.watchdog.enter("waiting for the other ranks", [key for batch in micro_batches for key in batch.keys])
-        plan = agree(micro_batches, self.stops, self.bad_samples, self.checkpoints)
+        plan = agree(micro_batches, self.stops, self.bad_samples, self.checkpoints, self._cost, accumulation)
         if plan.written == get_world_size():
             self.checkpoints.settle()
         self.stop_reason = plan.stop_reason
@@ -309,9 +318,11 @@ class MultimodalCoTTrainer:
         result = take_step(
             engine, self.model, micro_batches, plan, judge=judge, watchdog=self.watchdog, config=config
         )  # fmt: skip
+        flops = self._flops(plan)
         for totals in (whole, window):
-            totals.add(result.loss_sum, plan, is_sound=result.fault is None)
-        state.count(plan, self._flops(plan))
+            totals.add(result.loss_sum, plan, flops, is_sound=result.fault is None)
+        recomputed = flops / 3 if config.gradient_checkpointing else 0.0  # a forward pass of the three
+        state.count(plan, flops + recomputed)
         self.watchdog.step = state.step
         if result.fault is None:
             state.accept(result.loss)
@@ -333,6 +344,11 @@ class MultimodalCoTTrainer:
                 self._save_if_possible({})  # all ranks are here: the steps so far need not be taken again
                 raise
 
+    def _cost(self, batch: Batch) -> float:
+        tensors, config = batch.tensors, self.config
+        columns = self.model.thought_columns(tensors["input_ids"], tensors["attention_mask"])
+        return batch_cost(batch, len(columns), config.cost_per_patch, config.cost_per_latent_pass)
+
     def _flops(self, plan: StepPlan) -> float:
         return training_flops(
             self.model.base_model.config,
@@ -340,7 +356,6 @@ class MultimodalCoTTrainer:
             plan.patches,
             n_samples=plan.samples,
             n_logit_tokens=plan.label_tokens,
-            recompute=self.config.gradient_checkpointing,
         )
 
     # -- validation --

@@ -69,8 +69,9 @@ class Watchdog:
     def _give_up(self, spent: float) -> None:
         text = f"no progress for {spent:.0f} s (hang_timeout_s = {self.timeout_s:g}): {self.where()}"
         path = self.run_dir / f"hang-rank-{get_rank()}.txt"
-        # Not through logging, whose locks the stuck thread may hold.
-        print(f"error: {text}; its stacks are in {path}", file=sys.stderr, flush=True)
+        # Not through logging nor a live view, whose locks the stuck thread may hold.
+        start = "" if sys.stderr is sys.__stderr__ else "\n"
+        print(f"{start}error: {text}; its stacks are in {path}", file=sys.__stderr__, flush=True)
         try:
             with path.open("w") as file:
                 file.write(f"{text}\n\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import sys
+import uuid
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from coconut.config import Config
 
 ROOT = "coconut"
+WANDB_ID_FILE = "wandb_id.txt"
 _LINE = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
 _RANK_LINE = "%(asctime)s %(levelname)-7s [rank {rank}] %(name)s: %(message)s"
 
@@ -75,9 +77,20 @@ def _start_wandb(config: Config) -> None:
             name=config.name,
             dir=str(config.run_dir),
             config=config.to_dict(),
+            id=_wandb_id(config),
+            resume="allow",
         )
     except wandb.errors.Error as error:
         raise ConfigError(
             f"use_wandb = True, but wandb cannot start: {error}. "
             "Run `wandb login`, set WANDB_MODE=offline, or set use_wandb: false"
         ) from error
+
+
+def _wandb_id(config: Config) -> str:
+    """The id of the wandb run that this run goes on in: the same as long as it goes on from a checkpoint."""
+    path = config.run_dir / WANDB_ID_FILE
+    is_new = config.resume == "none" or (config.resume == "auto" and not any(config.run_dir.glob("checkpoints/step-*")))
+    if is_new or not path.is_file():
+        path.write_text(uuid.uuid4().hex[:12] + "\n")
+    return path.read_text().strip()

@@ -73,12 +73,13 @@ class Run:
 
 
 def start(home: Path, name: str, *overrides: str, ranks: int = 2, zero: str = "zero2", fault: str = "") -> Run:
-    """Start `ranks` ranks of the run `name` in `home`; see `faults` for `fault`."""
+    """Start `ranks` ranks of the run `name` in `home`, without ZeRO where `zero` is empty; see `faults` for `fault`."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     output = home / f"{name}.output.txt"
-    arguments = ["--deepspeed", f"ds_configs/{zero}.json", f"name={name}", *SMALL, *overrides]
+    engine = ["--deepspeed", f"ds_configs/{zero}.json"] if zero else []
+    arguments = [*engine, f"name={name}", *SMALL, *overrides]
     began = time.monotonic()
     processes = [
         _context.Process(target=_rank, args=(str(home), str(output), arguments, rank, ranks, port, fault))
