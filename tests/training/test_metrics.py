@@ -21,7 +21,7 @@ ALWAYS |= {"loader_wait_share", "imbalance", "padding", "memory_bytes", "stage",
 
 def plan(**changes: float) -> StepPlan:
     values = {"batches": 2, "label_tokens": 10, "samples": 4, "tokens": 60, "patches": 6}
-    values |= {"bad_samples": 0, "new_bad_samples": 0, "cells": 80, "costliest": 50.0, "mean_cost": 40.0}
+    values |= {"bad_samples": 0, "new_bad_samples": 0, "written": 0, "cells": 80, "costliest": 50.0, "mean_cost": 40.0}
     return StepPlan(**values | changes, stop_reason=None)  # type: ignore[arg-type]
 
 
