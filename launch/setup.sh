@@ -5,12 +5,12 @@
 #   bash launch/setup.sh           what training needs
 #   bash launch/setup.sh dev       the tools of the tests as well
 #   bash launch/setup.sh app       also .venv-app, with what launch/demo_app.py needs
+#   bash launch/setup.sh lmms      also .venv-lmms, with lmms-eval
 #
 # launch/demo.sh and launch/test.sh source it and call `setup [dev]`, which also activates the environment.
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=$ROOT/.venv
-APP_VENV=$ROOT/.venv-app
 
 section() { printf '\n==== %s ====\n' "$*"; }
 say() { printf '%s\n' "$*"; }
@@ -145,35 +145,35 @@ setup() { # setup [dev]
   unset PYTHONHOME
 }
 
-# gradio holds other packages back (Pillow below 13), which training must not pay for: it goes into an environment of its
-# own that sees all packages of .venv and holds only what differs.
-setup_app() { # after setup
-  section "Setting up (app)"
-  local now base packages
+# What holds other packages back goes into an environment of its own, .venv-NAME, which sees all packages of .venv and holds
+# only what differs: training must not pay for it. (gradio wants Pillow below 13; lmms-eval an older wandb and protobuf.)
+setup_beside() { # setup_beside app|lmms, after setup
+  section "Setting up ($1)"
+  local beside=$ROOT/.venv-$1 now base packages
   now=$(fingerprint)
-  if [ "$now" = "$(cat "$APP_VENV/.installed" 2>/dev/null)" ]; then
-    say "installed already: $APP_VENV"
+  if [ "$now" = "$(cat "$beside/.installed" 2>/dev/null)" ]; then
+    say "installed already: $beside"
     return 0
   fi
-  rm -rf "$APP_VENV"
-  say "installing into $APP_VENV"
-  "$VENV/bin/python" -m venv "$APP_VENV"
+  rm -rf "$beside"
+  say "installing into $beside"
+  "$VENV/bin/python" -m venv "$beside"
   local where=(-c 'import sysconfig; print(sysconfig.get_path("purelib"))')
   base=$("$VENV/bin/python" "${where[@]}")
-  packages=$("$APP_VENV/bin/python" "${where[@]}")
+  packages=$("$beside/bin/python" "${where[@]}")
   echo "import site; site.addsitedir(r'$base')" >"$packages/base.pth"
-  PYTHONWARNINGS=ignore "$APP_VENV/bin/python" -m pip install --quiet --disable-pip-version-check -e "${ROOT}[app]"
-  echo "$now" >"$APP_VENV/.installed"
+  PYTHONWARNINGS=ignore "$beside/bin/python" -m pip install --quiet --disable-pip-version-check -e "${ROOT}[$1]"
+  echo "$now" >"$beside/.installed"
 }
 
 if [ "${BASH_SOURCE[0]}" = "$0" ]; then
   set -euo pipefail
   case ${1:-} in
     '' | dev) setup "${1:-}" ;;
-    app)
+    app | lmms)
       setup
-      setup_app
+      setup_beside "$1"
       ;;
-    *) fail "usage: bash launch/setup.sh [dev|app]" ;;
+    *) fail "usage: bash launch/setup.sh [dev|app|lmms]" ;;
   esac
 fi

@@ -18,7 +18,7 @@ esac
 export OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=1
 
 setup dev
-setup_app
+setup_beside app
 
 section "System packages of the tests"
 missing=()

@@ -24,7 +24,7 @@ from coconut.types import CheckpointError, ConfigError
 from .conftest import ListSource, Maze
 
 pytestmark = [
-    pytest.mark.skipif(importlib.util.find_spec("lmms_eval") is None, reason="needs lmms-eval, see docs/use.md"),
+    pytest.mark.skipif(importlib.util.find_spec("lmms_eval") is None, reason="needs lmms-eval: see docs/use.md"),
     pytest.mark.slow,
 ]
 
