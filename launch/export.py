@@ -1,11 +1,12 @@
 """Hand a trained model on: a folder that plain transformers loads, with a model card; or bring one in.
 
     python launch/export.py --checkpoint RUN --out OUT --eval RUN/eval/test RUN/eval/test-noise
+    python launch/export.py --checkpoint RUN --out OUT --push-to-hub OWNER/NAME
     python launch/export.py --original checkpoint_12 --base GPT2_FOLDER --stage 3 --c-thought 2 --out OUT
 
-The second form imports a checkpoint of the original Coconut (its file of weights and the folder of the model it started
+The last form imports a checkpoint of the original Coconut (its file of weights and the folder of the model it started
 from). Either way the folder is loaded again with plain transformers, and its logits are compared before it gets its
-name.
+name. With --push-to-hub it is then uploaded, to a repository that is private if it is new.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that the script runs from a clone that is not installed
 
+from coconut.evaluation.hub import check_push, push
 from coconut.evaluation.run import find_checkpoint, require_stage
 from coconut.types import CoconutError, ConfigError
 
@@ -28,6 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--out", type=Path, required=True, help="folder to write; must be new or empty")
     add("--name", help="of the model, for its card (default: the name of OUT)")
     add("--eval", type=Path, nargs="+", default=[], metavar="DIR", help="evaluation folders, for the card's scores")
+    add("--push-to-hub", metavar="OWNER/NAME", help="upload OUT to this repository of the Hugging Face hub")
     original = parser.add_argument_group("a checkpoint of the original Coconut")
     add = original.add_argument
     add("--original", type=Path, metavar="FILE", help="the file that it wrote, checkpoint_N")
@@ -44,10 +47,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         check(arguments)
         difference = run(arguments)
+        print(f"exported: {arguments.out} (logits in plain transformers differ by at most {difference:.1g})")
+        if arguments.push_to_hub is not None:
+            print(f"pushed: {push(arguments.out, arguments.push_to_hub)}")
     except CoconutError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"exported: {arguments.out} (logits in plain transformers differ by at most {difference:.1g})")
     return 0
 
 
@@ -63,6 +68,8 @@ def check(arguments: argparse.Namespace) -> None:
             raise ConfigError(f"--original {arguments.original} is no file")
     else:
         require_stage(find_checkpoint(arguments.checkpoint))
+    if arguments.push_to_hub is not None:
+        check_push(arguments.push_to_hub)
 
 
 def run(arguments: argparse.Namespace) -> float:

@@ -3,7 +3,8 @@
 # nothing has changed since the last time.
 #
 #   bash launch/setup.sh           what training needs
-#   bash launch/setup.sh dev       the tools of the tests as well
+#   bash launch/setup.sh app       what launch/demo_app.py needs as well
+#   bash launch/setup.sh dev       all of that, and the tools of the tests
 #
 # launch/demo.sh and launch/test.sh source it and call `setup [dev]`, which also activates the environment.
 
@@ -146,7 +147,7 @@ setup() { # setup [dev]
 if [ "${BASH_SOURCE[0]}" = "$0" ]; then
   set -euo pipefail
   case ${1:-} in
-    '' | dev) setup "${1:-}" ;;
-    *) fail "usage: bash launch/setup.sh [dev]" ;;
+    '' | app | dev) setup "${1:-}" ;;
+    *) fail "usage: bash launch/setup.sh [app|dev]" ;;
   esac
 fi

@@ -4,7 +4,7 @@
 #   bash launch/test.sh            everything, long tests shortened
 #   bash launch/test.sh --full     everything at full length
 #
-# With CI=true, what this machine lacks (SLURM, shellcheck) is a failure; otherwise its tests are skipped, saying so.
+# With CI=true, what this machine lacks (SLURM, chromium, shellcheck) is a failure; otherwise its tests are skipped, saying so.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 cd "$ROOT"
@@ -22,6 +22,7 @@ setup dev
 section "System packages of the tests"
 missing=()
 command -v shellcheck >/dev/null || missing+=(shellcheck)
+command -v chromium >/dev/null || missing+=(chromium)
 PATH=$PATH:/usr/sbin:/sbin
 for command in slurmctld slurmd sbatch munged; do
   command -v "$command" >/dev/null || {

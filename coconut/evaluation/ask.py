@@ -65,7 +65,7 @@ def ask(loaded: Loaded, samples: Sequence[Sample], settings: Settings, streamer:
     """
     model, tokenizer = loaded.model, loaded.tokenizer
     n_latents = loaded.spec.n_latents if settings.n_latents is None else settings.n_latents
-    batch = loaded.collator.collate_prompts([_features(loaded, sample, n_latents) for sample in samples])
+    batch = loaded.collator.collate_prompts([prompt_features(loaded, sample, n_latents) for sample in samples])
     tensors = {name: value.to(model.device) for name, value in batch.tensors.items() if isinstance(value, Tensor)}
     ids_BT = model.generate(
         pixel_values=tensors.get("pixel_values"),
@@ -85,7 +85,7 @@ def ask(loaded: Loaded, samples: Sequence[Sample], settings: Settings, streamer:
     return replies
 
 
-def _features(loaded: Loaded, sample: Sample, n_latents: int) -> dict[str, Any]:
+def prompt_features(loaded: Loaded, sample: Sample, n_latents: int) -> dict[str, Any]:
     """As `SampleEncoder` makes them, but with a number of thoughts that does not come from written steps."""
     features = loaded.encoder.encode(sample)
     ids = list(features["text"].prompt)

@@ -12,16 +12,22 @@ from typing import Any
 from jinja2 import Environment
 from markupsafe import Markup
 
+_ENVIRONMENT = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+
 
 def render(context: dict[str, Any], name: str = "report") -> str:
     """A page from templates/NAME.html; `context` holds plain values only (see `report.Report.write`)."""
     folder = files("coconut.evaluation") / "templates"
-    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
-        (folder / f"{name}.html").read_text(encoding="utf-8")
-    )
+    template = _ENVIRONMENT.from_string((folder / f"{name}.html").read_text(encoding="utf-8"))
     sheets = ["report.css"] if name == "report" else ["report.css", f"{name}.css"]
     css = Markup("".join((folder / sheet).read_text(encoding="utf-8") for sheet in sheets))  # noqa: S704  our own
     return template.render(css=css, **context)
+
+
+def render_part(name: str, **context: Any) -> str:
+    """A piece of a page, from templates/NAME.html."""
+    template = files("coconut.evaluation") / "templates" / f"{name}.html"
+    return _ENVIRONMENT.from_string(template.read_text(encoding="utf-8")).render(**context)
 
 
 def data_uri(content: bytes, kind: str = "image/png") -> str:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from coconut.evaluation.loaded import Loaded
 from coconut.evaluation.probe import Study
 
 if TYPE_CHECKING:
@@ -36,7 +37,6 @@ class Look:
     share: float  # of all attention, what went to the picture
 
 
-@torch.no_grad()
 def looks(study: Study, row: int, layer: int | None = None) -> list[Look]:
     """For each thought of a sample, and for its answer, the attention to the image; none for a text-only sample.
 
@@ -44,21 +44,51 @@ def looks(study: Study, row: int, layer: int | None = None) -> list[Look]:
     thumbnail give nothing.
     """
     features = study.features[row]
-    n_tokens = study.model.tokens_per_patch
-    side = isqrt(n_tokens)
-    processor = study.loaded.processor
-    whole = features["num_patches"] == 1 or (processor is not None and processor.use_thumbnail)
-    if not features["num_patches"] or side * side != n_tokens or len(features["patches_per_image"]) != 1 or not whole:
+    if not shows_whole_picture(study.loaded, features):
         return []
-    ids_L = features["input_ids"].to(study.model.device)
-    image_N = (ids_L == study.model.backbone.image_token_id).nonzero().flatten()[-n_tokens:]
-    queries = _queries(study, features)
-    with eager_attention(study.model):
-        output = study.model(
-            input_ids=ids_L[None],
-            pixel_values=features["pixel_values"].to(study.model.device),
-            output_attentions=True,
-        )
+    return look(study.loaded, features, _queries(study, features), layer).looks
+
+
+def shows_whole_picture(loaded: Loaded, features: dict[str, Any]) -> bool:
+    """Whether one square tile of image tokens shows all of the only picture, so that attention can be drawn on it."""
+    n_tokens = loaded.model.tokens_per_patch
+    whole = features["num_patches"] == 1 or (loaded.processor is not None and loaded.processor.use_thumbnail)
+    return bool(whole and n_tokens == isqrt(n_tokens) ** 2 and len(features["patches_per_image"]) == 1)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one reading of a prompt shows: attention to the picture, and the thoughts [K, H] as they were fed back."""
+
+    looks: list[Look]
+    thoughts_KH: Tensor
+
+
+@torch.no_grad()
+def look(
+    loaded: Loaded, features: dict[str, Any], queries: dict[str, int], layer: int | None = None, draw: bool = True
+) -> Seen:
+    """Read a prompt once more, keeping what the columns of `queries` attend to.
+
+    Args:
+        loaded: a checkpoint.
+        features: of one sample, with `input_ids` (see `coconut.data.encode`).
+        queries: columns by what is computed in them.
+        layer: of the decoder; None takes for each column the one that looks at the picture most sharply.
+        draw: False keeps the thoughts alone, for a prompt that has no picture to draw on (`shows_whole_picture`).
+    """
+    model = loaded.model
+    ids_L = features["input_ids"].to(model.device)
+    pixels = features["pixel_values"]
+    inputs = {"input_ids": ids_L[None], "pixel_values": None if pixels is None else pixels.to(model.device)}
+    inputs |= {"output_thoughts": True, "loss_only": True}  # no labels either: logits are not needed
+    if not draw:
+        return Seen([], model(**inputs).thoughts[0])
+    n_tokens = model.tokens_per_patch
+    side = isqrt(n_tokens)
+    image_N = (ids_L == model.backbone.image_token_id).nonzero().flatten()[-n_tokens:]
+    with eager_attention(model):
+        output = model(**inputs, output_attentions=True)
     # [layers, queries, L], the mean over heads
     weights = torch.stack([layer[0].float().mean(0)[list(queries.values())] for layer in output.attentions])
     shown = weights[..., image_N].double().cpu()
@@ -68,7 +98,7 @@ def looks(study: Study, row: int, layer: int | None = None) -> list[Look]:
         share = float(shown[chosen, number].sum())
         grid = (shown[chosen, number] / max(share, 1e-12)).reshape(side, side).numpy()
         found.append(Look(label, grid, share))
-    return found
+    return Seen(found, output.thoughts[0])
 
 
 def _queries(study: Study, features: dict[str, Any]) -> dict[str, int]:
@@ -97,10 +127,12 @@ def eager_attention(model: MultimodalCoconut) -> Iterator[None]:
 
 
 def paint(picture: Image.Image, weights_yx: NDArray[np.float64], side_px: int) -> bytes:
-    """The picture as a PNG file, bright where the model looks and dim where it does not."""
-    rgb_yxc = np.asarray(picture.convert("RGB").resize((side_px, side_px)), dtype=np.float64)
+    """The picture as a PNG file, `side_px` on its longer side, bright where the model looks and dim elsewhere."""
+    scale = side_px / max(picture.size)
+    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    rgb_yxc = np.asarray(picture.convert("RGB").resize(size), dtype=np.float64)
     scaled = weights_yx / max(float(weights_yx.max()), 1e-12)
-    light = Image.fromarray((scaled * 255).astype(np.uint8)).resize((side_px, side_px), Image.Resampling.NEAREST)
+    light = Image.fromarray((scaled * 255).astype(np.uint8)).resize(size, Image.Resampling.NEAREST)
     light_yx1 = np.asarray(light, dtype=np.float64)[..., None] / 255
     dim_yxc = 0.18 * rgb_yxc + 0.10 * 255 * 0.3
     drawn = dim_yxc + (rgb_yxc - dim_yxc) * light_yx1

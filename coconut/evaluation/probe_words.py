@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from coconut.evaluation.loaded import Loaded
 from coconut.evaluation.probe import Study
 from coconut.evaluation.score import wilson_interval
 
@@ -26,14 +27,14 @@ _MIN_SAMPLES = 100  # fewer leave a classifier nothing to learn from
 
 
 @torch.no_grad()
-def lens(study: Study, thoughts_TH: Tensor, top: int = TOP) -> list[list[dict[str, Any]]]:
+def lens(asked: Study | Loaded, thoughts_TH: Tensor, top: int = TOP) -> list[list[dict[str, Any]]]:
     """For each thought the likeliest next tokens, with their probabilities."""
-    head = study.model.backbone.logits
-    weight = next(study.model.backbone.head.parameters())
+    head = asked.model.backbone.logits
+    weight = next(asked.model.backbone.head.parameters())
     shares_TV = head(thoughts_TH.to(weight)).float().softmax(-1).cpu()
     values, ids = shares_TV.topk(min(top, shares_TV.shape[-1]))
     return [
-        [{"token": show(study.tokenizer, int(i)), "share": float(v)} for i, v in zip(row_ids, row, strict=True)]
+        [{"token": show(asked.tokenizer, int(i)), "share": float(v)} for i, v in zip(row_ids, row, strict=True)]
         for row_ids, row in zip(ids, values, strict=True)
     ]
 

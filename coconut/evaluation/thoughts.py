@@ -123,9 +123,14 @@ def think(model: MultimodalCoconut, prompts: Prompts, transform: ThoughtTransfor
     )
 
 
-@torch.no_grad()
 def likelihood(model: MultimodalCoconut, memory: Memory, prompts: Prompts) -> list[float]:
     """Log-likelihood in nats of each row's answer tokens, end of sequence counted, after its true remaining steps."""
+    return [nats for nats, _ in likelihood_and_greedy(model, memory, prompts)]
+
+
+@torch.no_grad()
+def likelihood_and_greedy(model: MultimodalCoconut, memory: Memory, prompts: Prompts) -> list[tuple[float, bool]]:
+    """As `likelihood`, and whether each answer token is the likeliest, so that greedy decoding writes the answer."""
     length = max(map(len, prompts.targets))
     read_BT = torch.zeros(len(prompts.targets), length, dtype=torch.long)
     counted_BT = torch.zeros(len(prompts.targets), length, dtype=torch.bool)
@@ -136,7 +141,9 @@ def likelihood(model: MultimodalCoconut, memory: Memory, prompts: Prompts) -> li
     ids_BT = torch.cat([memory.next_B1, read_BT[:, :-1]], dim=1)
     logits_BTV = _read_on(model, memory, ids_BT, _cache(model, memory), 0).float()
     chosen_BT = logits_BTV.log_softmax(-1).gather(-1, read_BT[..., None])[..., 0]
-    return (chosen_BT.double() * counted_BT).sum(1).tolist()
+    nats_B = (chosen_BT.double() * counted_BT).sum(1).tolist()
+    greedy_B = ((logits_BTV.argmax(-1) == read_BT) | ~counted_BT).all(1).tolist()
+    return list(zip(nats_B, greedy_B, strict=True))
 
 
 @torch.no_grad()
