@@ -23,7 +23,8 @@ class NormMeter:
         """The thoughts that were fed back, and the embeddings of the text's tokens, of one batch."""
         parts = []
         for vectors, chosen in ((thoughts_BKH, is_thought_BK), (embeds_BLH, is_text_BL)):
-            norms = torch.linalg.vector_norm(vectors.detach(), dim=-1, dtype=torch.float32)
+            dtype = torch.promote_types(vectors.dtype, torch.float32)  # half precision overflows on squares
+            norms = torch.linalg.vector_norm(vectors.detach(), dim=-1, dtype=dtype)
             parts += [torch.where(chosen, norms, 0.0).sum(dtype=torch.float64), chosen.sum().to(torch.float64)]
         sums = torch.stack(parts)
         self._sums = sums if self._sums is None else self._sums + sums
