@@ -109,7 +109,9 @@ def test_a_node_that_is_unfit_is_left_out_though_the_job_has_no_other(runs: Runs
     assert runs.cluster.wait(job, TIMEOUT_S)[0] == "FAILED"
     assert "starts again: unfit: n" in runs.log(job, 0) and "on n3:" in runs.log(job, 0)
     assert "ended well without being finished: max_steps" in runs.history("unfit")[-1][1]
-    everywhere = runs.submit("unfit", options=options, COCONUT_SETUP="export TORCH_EXTENSIONS_DIR=/nowhere")
+    everywhere = runs.submit(
+        "unfit", "max_latent_stage=1", options=options, COCONUT_SETUP="export TORCH_EXTENSIONS_DIR=/nowhere"
+    )
     assert runs.cluster.wait(everywhere, TIMEOUT_S)[0] == "FAILED"
     assert "has not 1 other node(s)" in runs.log(everywhere, 0)
 
