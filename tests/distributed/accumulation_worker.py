@@ -41,7 +41,8 @@ def main(stage: int, accumulation: int) -> None:
         Batch(batch_rows(some, dtype=torch.float32), tuple("row" for _ in some), n_label_tokens=0) for some in cut
     ]
     labels = sum(sum(label != -100 for label in row["labels"]) for row in rows)
-    plan = StepPlan(accumulation, labels, 4, 0, 0, 0, 0, None)
+    nothing = dict.fromkeys(("tokens", "patches", "bad_samples", "new_bad_samples", "written"), 0)
+    plan = StepPlan(batches=accumulation, label_tokens=labels, samples=4, stop_reason=None, **nothing)
     config = SimpleNamespace(fp16=False)
     with Watchdog(None, Path()) as watchdog:
         result = take_step(engine, model, batches, plan, judge=lambda _: None, watchdog=watchdog, config=config)
