@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import socket
 import sys
 import tempfile
@@ -40,6 +41,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     try:
         check(arguments)
+        # Ended by a service manager as by Ctrl-C: the uploaded pictures go.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         with tempfile.TemporaryDirectory(prefix="coconut-app-") as folder:
             run(arguments, Path(folder))
     except CoconutError as error:

@@ -93,7 +93,7 @@ def app(maze: Maze, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served
         assert process.poll() is None, "".join(served.log)
         yield served
     finally:
-        process.send_signal(2)
+        process.terminate()
         try:
             process.wait(30)
         except subprocess.TimeoutExpired:
