@@ -154,6 +154,7 @@ class TestLogging:
         assert get_logger("__main__").name == "coconut.main"
         assert get_logger("coconutty").parent is logging.getLogger("coconut")
 
+    @pytest.mark.slow
     def test_wandb_offline(self, config: Config) -> None:
         wandb = pytest.importorskip("wandb")
         config.use_wandb = True
