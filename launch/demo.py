@@ -74,6 +74,7 @@ class Demo:
         methods: further ones to train, as the configuration spells them.
         n_gpus: GPUs of this machine; 0 trains on CPUs.
         ranks: of each training.
+        deepspeed: configuration of the engine, of each training.
     """
 
     def __init__(
@@ -85,12 +86,14 @@ class Demo:
         methods: Sequence[str],
         n_gpus: int,
         ranks: int,
+        deepspeed: Path,
     ) -> None:
         self.out = out
         self.seed = seed
         self.quick = quick
         self.n_gpus = n_gpus
         self.ranks = ranks
+        self.deepspeed = deepspeed
         self.coconut = out / "coconut"
         self.no_cot = {rate: out / f"no_cot_lr{rate:g}" for rate in no_cot_rates}
         self.others = {method: out / method for method in methods}
@@ -178,7 +181,7 @@ class Demo:
             self._run(
                 *("deepspeed", "--num_gpus", self.ranks),
                 *("--master_port", free_port(), "launch/train.py"),
-                *("--deepspeed", "ds_configs/zero3.json", "--config", "args/demo.yaml"),
+                *("--deepspeed", self.deepspeed, "--config", "args/demo.yaml"),
                 *(f"save_path={run.parent}", f"name={run.name}", f"seed={self.seed}"),
                 f"model_id={model or self.out / 'model'}",
                 # The test data is scored once, by the evaluation.
@@ -287,6 +290,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--no-cot-lr", type=float, nargs="+", default=[1e-3], metavar="RATE", help=rates)
     processes = f"processes that train together (default: one a GPU, or {CPU_RANKS} on CPUs)"
     parser.add_argument("--ranks", type=int, help=processes)
+    engine = "DeepSpeed configuration; zero1.json is twice as fast on one rank (default: %(default)s)"
+    parser.add_argument("--deepspeed", type=Path, default=Path("ds_configs/zero3.json"), metavar="FILE", help=engine)
     also = "further methods to train beside Coconut, CoT and no-CoT (docs/methods.md); all of them, if none is named"
     parser.add_argument("--methods", nargs="*", choices=sorted(OTHER_METHODS), metavar="METHOD", default=(), help=also)
     parser.add_argument("--setup-seconds", type=float, default=0.0, help=argparse.SUPPRESS)  # demo.sh measures it
@@ -296,7 +301,7 @@ def main(argv: list[str] | None = None) -> int:
     n_gpus = count_gpus()
     ranks = arguments.ranks or n_gpus or CPU_RANKS
     methods = list(OTHER_METHODS) if arguments.methods == [] else arguments.methods
-    demo = Demo(out, arguments.seed, arguments.quick, arguments.no_cot_lr, methods, n_gpus, ranks)
+    demo = Demo(out, arguments.seed, arguments.quick, arguments.no_cot_lr, methods, n_gpus, ranks, arguments.deepspeed)
     try:
         demo.claim_folder()
         demo.add_time("set-up", arguments.setup_seconds)
