@@ -16,12 +16,17 @@ What is there already is left alone, so the command may be repeated at no cost.
 
 convert a public data set that you have downloaded (or, with --hub, that Hugging Face `datasets` loads), or generate
 one, and write OUT/SPLIT.json, which training reads and launch/make_shards.py shards. docs/data_format.md lists all.
+
+    python launch/prepare_data.py decoder --text data/prosqa/train.json --model-out data/prosqa/model
+
+builds a small text-only model with random weights, and a tokenizer learned from that text, to train from scratch.
 """
 
 from __future__ import annotations
 
 import argparse
 import fcntl
+import hashlib
 import json
 import sys
 import time
@@ -38,6 +43,7 @@ from coconut.data import arrow_maze, prosqa
 from coconut.data.arrow_maze_files import ensure_arrow_maze
 from coconut.data.converters import columns, sources, textual, visual
 from coconut.data.converters.write import write_split
+from coconut.data.sample import read_samples
 from coconut.types import CoconutError, ConfigError, DataError, Sample
 
 MODEL_MARKER = "made_by_prepare_data.json"
@@ -80,37 +86,67 @@ def prepare_arrow_maze(
 
 def ensure_model(out: Path, *, seed: int, size: int, layers: int, force: bool) -> bool:
     """Save the tiny InternVL with the maze's vocabulary, unless `out` holds it; returns whether it was built."""
+
+    def build() -> None:
+        # Here, not above: these take seconds to import, and a run that finds all in place needs neither.
+        from coconut.data.image import ImageProcessor
+        from coconut.model.tiny import build_tiny_internvl, build_word_tokenizer, save_tiny
+
+        def add_the_rest(folder: Path) -> None:
+            tiles = ImageProcessor(image_size=size, max_num_patches=1, use_thumbnail=False, dynamic_preprocess=False)
+            tiles.save_pretrained(folder)
+            _mark(folder, request)
+
+        tokenizer = build_word_tokenizer(arrow_maze.vocabulary())
+        # Two patches a cell and side, whatever the size: pixel shuffle makes one image token a cell of them.
+        patch_size = size // (2 * arrow_maze.GRID)
+        model = build_tiny_internvl(tokenizer, seed=seed, image_size=size, patch_size=patch_size, text_layers=layers)
+        save_tiny(model, tokenizer, out, finish=add_the_rest)
+
     request = {"seed": seed, "size": size, "layers": layers, "words": list(arrow_maze.vocabulary())}
+    return _ensure(out, request, force, build)
+
+
+def ensure_decoder(
+    out: Path, text: Path, *, family: str, layers: int, hidden: int, heads: int, seed: int, force: bool
+) -> bool:
+    """Save a random text-only model, its tokenizer learned from `text`, unless `out` holds it; whether it was built."""
+    samples = read_samples(text)
+    texts = [piece for sample in samples for piece in (sample.question, *sample.steps, f"### {sample.answer}\n")]
+
+    def build() -> None:
+        from coconut.model.tiny import build_bpe_tokenizer, build_tiny_causal, save_tiny
+
+        tokenizer = build_bpe_tokenizer(texts)
+        model = build_tiny_causal(family, tokenizer, seed=seed, hidden=hidden, layers=layers, heads=heads)
+        save_tiny(model, tokenizer, out, finish=lambda folder: _mark(folder, request))
+
+    digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
+    request = {"family": family, "layers": layers, "hidden": hidden, "heads": heads, "seed": seed, "texts": digest}
+    return _ensure(out, request, force, build)
+
+
+def _ensure(out: Path, request: dict[str, object], force: bool, build: Callable[[], None]) -> bool:
+    """Build a model into `out`, unless one made by this very request is there; returns whether it was built."""
     marker = out / MODEL_MARKER
     if marker.exists() and not force:
-        found = json.loads(marker.read_text(encoding="utf-8"))
-        if found == request:
+        if json.loads(marker.read_text(encoding="utf-8")) == request:
             return False
         raise ConfigError(
             f"{out} holds a model made with other settings; use --force, or --model-out for another folder"
         )
     if out.exists() and not marker.exists():
         raise ConfigError(f"{out} exists but was not made by this command; choose another folder with --model-out")
-
-    # Here, not above: these take seconds to import, and a run that finds all in place needs neither.
     from transformers.utils.logging import disable_progress_bar
 
-    from coconut.data.image import ImageProcessor
-    from coconut.model.tiny import build_tiny_internvl, build_word_tokenizer, save_tiny
-
-    def add_the_rest(folder: Path) -> None:
-        processor = ImageProcessor(image_size=size, max_num_patches=1, use_thumbnail=False, dynamic_preprocess=False)
-        processor.save_pretrained(folder)
-        (folder / MODEL_MARKER).write_text(json.dumps(request), encoding="utf-8")
-
     disable_progress_bar()  # for files of kilobytes
-    tokenizer = build_word_tokenizer(arrow_maze.vocabulary())
-    # Two patches a cell and side, whatever the size: pixel shuffle makes one image token a cell of them.
-    patch_size = size // (2 * arrow_maze.GRID)
-    model = build_tiny_internvl(tokenizer, seed=seed, image_size=size, patch_size=patch_size, text_layers=layers)
     out.parent.mkdir(parents=True, exist_ok=True)
-    save_tiny(model, tokenizer, out, finish=add_the_rest)
+    build()
     return True
+
+
+def _mark(folder: Path, request: dict[str, object]) -> None:
+    (folder / MODEL_MARKER).write_text(json.dumps(request), encoding="utf-8")
 
 
 @contextmanager
@@ -307,6 +343,31 @@ def _add_prosqa(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.add_argument("--nodes", type=int, default=prosqa.N_NODES, help="nodes of a graph (default: %(default)s)")
 
 
+def _add_decoder(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "decoder", help="build a small text-only model with random weights, to train from scratch"
+    )
+    add = parser.add_argument
+    add("--text", type=Path, required=True, metavar="FILE", help="SPLIT.json whose texts the tokenizer is learned from")
+    add("--model-out", type=Path, required=True, metavar="DIR", help="folder to write")
+    add("--family", default="qwen2", help="gpt2, llama or qwen2 (default: %(default)s)")
+    add("--layers", type=int, default=3, help="of the decoder (default: %(default)s)")
+    add("--hidden", type=int, default=64, help="width of the decoder (default: %(default)s)")
+    add("--heads", type=int, default=4, help="attention heads a layer (default: %(default)s)")
+    add("--seed", type=int, default=0, help="decides the first weights (default: %(default)s)")
+    add("--force", action="store_true", help="replace a model made with other settings")
+    parser.set_defaults(run=_run_decoder)
+
+
+def _run_decoder(arguments: argparse.Namespace) -> None:
+    begin = time.perf_counter()
+    if not arguments.text.is_file():
+        raise DataError(f"--text {arguments.text} is no file; `prepare_data.py prosqa --generate` writes one")
+    options = {name: getattr(arguments, name) for name in ("family", "layers", "hidden", "heads", "seed", "force")}
+    made = ensure_decoder(arguments.model_out, arguments.text, **options)
+    _say(f"model {'made' if made else 'there already'}: {arguments.model_out}", begin)
+
+
 def _add_columns(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     def convert(arguments: argparse.Namespace) -> Iterable[Sample]:
         if not arguments.source.is_file():
@@ -335,6 +396,7 @@ DATASETS = (
     _add_gsm8k,
     _add_prosqa,
     _add_columns,
+    _add_decoder,
 )
 
 

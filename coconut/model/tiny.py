@@ -1,6 +1,7 @@
 """Tiny random models in the ordinary Hugging Face format, for the demo task, for tests and for trying things out.
 
     words -> word-level tokenizer -> InternVL (vision tower + Qwen2), or a text-only causal model
+    texts -> byte-level BPE tokenizer -> a text-only causal model
 
 Nothing else in the project knows that a model is tiny: `from_pretrained` loads the folder that `save_tiny` writes just
 as it loads a published checkpoint of InternVL.
@@ -10,12 +11,12 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -33,6 +34,7 @@ from transformers import (
 from coconut.types import SPECIAL_TOKENS, ConfigError
 
 PAD_TOKEN, EOS_TOKEN, UNK_TOKEN = "<pad>", "<eos>", "<unk>"
+FAMILIES = ("gpt2", "llama", "qwen2")
 IMAGE_TOKENS = ("<img>", "<IMG_CONTEXT>", "</img>")  # InternVL's own spelling: begin, one a visual token, end
 
 
@@ -75,6 +77,36 @@ def build_word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
         unk_token=UNK_TOKEN,
         clean_up_tokenization_spaces=False,  # it would turn "a4 ?" into "a4?"
         model_max_length=256,
+    )
+
+
+def build_bpe_tokenizer(
+    texts: Iterable[str], vocab_size: int = 1024, max_length: int = 1024
+) -> PreTrainedTokenizerFast:
+    """GPT-2's kind of tokenizer, byte-level BPE, its merges learned from `texts`; it can spell any text.
+
+    Args:
+        texts: of the data to train on.
+        vocab_size: tokens at most, bytes and <pad>, <eos> among them; fewer where the texts have no more to merge.
+        max_length: longest text of the model, in tokens.
+    """
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if vocab_size < len(alphabet) + 2:
+        raise ConfigError(f"vocab_size is {vocab_size}; the bytes alone take {len(alphabet)}, the special tokens 2")
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special = [AddedToken(token, special=True, normalized=False) for token in (PAD_TOKEN, EOS_TOKEN)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token=PAD_TOKEN,
+        eos_token=EOS_TOKEN,
+        clean_up_tokenization_spaces=False,  # it would turn "a4 ?" into "a4?"
+        model_max_length=max_length,
     )
 
 
@@ -144,28 +176,39 @@ def build_tiny_internvl(
 
 
 def build_tiny_causal(
-    model_type: str, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0, hidden: int = 32, layers: int = 2
+    model_type: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seed: int = 0,
+    hidden: int = 32,
+    layers: int = 2,
+    heads: int = 4,
 ) -> PreTrainedModel:
-    """A random text-only model of one of the families that the project trains: gpt2, llama or qwen2."""
+    """A random text-only model of one of `FAMILIES`, decided by `seed`.
+
+    Texts may be as long as the tokenizer's ``model_max_length``. In Llama and Qwen2 two heads share keys and values.
+    """
+    if model_type not in FAMILIES:
+        raise ConfigError(f"no tiny model of type {model_type!r}; choose from {', '.join(FAMILIES)}")
+    if hidden % heads or heads % 2:
+        raise ConfigError(f"hidden {hidden} must be a multiple of heads {heads}, and heads even")
     settings = _text_settings(tokenizer, initializer_range=0.08)
     config: PreTrainedConfig
     if model_type == "gpt2":
         # GPT-2 calls the same things otherwise, and learns its positions.
         rest = {key: value for key, value in settings.items() if key != "rope_parameters"}
         rest["n_positions"] = rest.pop("max_position_embeddings")
-        config = GPT2Config(n_embd=hidden, n_layer=layers, n_head=4, n_inner=2 * hidden, **rest)
-    elif model_type in ("llama", "qwen2"):
+        config = GPT2Config(n_embd=hidden, n_layer=layers, n_head=heads, n_inner=2 * hidden, **rest)
+    else:
         family = LlamaConfig if model_type == "llama" else Qwen2Config
         config = family(
             hidden_size=hidden,
             num_hidden_layers=layers,
-            num_attention_heads=4,
-            num_key_value_heads=2,
+            num_attention_heads=heads,
+            num_key_value_heads=heads // 2,
             intermediate_size=2 * hidden,
             **settings,
         )
-    else:
-        raise ConfigError(f"no tiny model of type {model_type!r}; choose from gpt2, llama, qwen2")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
@@ -198,7 +241,7 @@ def _text_settings(tokenizer: PreTrainedTokenizerBase, initializer_range: float)
     """What the text configurations share."""
     return {
         "vocab_size": len(tokenizer),
-        "max_position_embeddings": 256,
+        "max_position_embeddings": tokenizer.model_max_length,
         "initializer_range": initializer_range,
         "tie_word_embeddings": True,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer, InternVLForConditionalGeneration
+from transformers import AutoModelForCausalLM, AutoTokenizer, InternVLForConditionalGeneration
 
 from coconut.data.image import ImageProcessor
 
@@ -90,3 +90,26 @@ def test_help_lists_the_data_sets(capsys):
         main(["--help"])
     assert stopped.value.code == 0
     assert "arrow-maze" in capsys.readouterr().out
+
+
+def test_a_decoder_from_scratch(tmp_path, capsys):
+    data = tmp_path / "prosqa"
+    generate = ["prosqa", "--generate", "--nodes", "12", "--size", "20", "--out", str(data)]
+    build = ["decoder", "--text", str(data / "train.json"), "--model-out", str(data / "model"), "--layers", "1"]
+    assert main(generate) == 0
+    assert main(build) == 0
+    model = AutoModelForCausalLM.from_pretrained(data / "model")
+    tokenizer = AutoTokenizer.from_pretrained(data / "model")
+    assert (model.config.model_type, model.config.num_hidden_layers) == ("qwen2", 1)
+    record = json.loads((data / "train.json").read_text())[0]
+    assert len(tokenizer.tokenize(record["steps"][1])) == 6  # a token a word, and the full stop
+    capsys.readouterr()
+    assert main(build) == 0
+    assert "there already" in capsys.readouterr().out
+    for more, message in (
+        (["--seed", "1"], "made with other settings"),
+        (["--family", "bert", "--model-out", str(tmp_path / "other")], "choose from gpt2, llama, qwen2"),
+        (["--text", str(tmp_path / "none.json")], "is no file"),
+    ):
+        assert main([*build, *more]) == 2
+        assert message in capsys.readouterr().err

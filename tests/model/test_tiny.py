@@ -5,7 +5,13 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, InternVLForConditionalGeneration, PreTrainedTokenizerFast
 
-from coconut.model.tiny import build_tiny_causal, build_tiny_internvl, build_word_tokenizer, save_tiny
+from coconut.model.tiny import (
+    build_bpe_tokenizer,
+    build_tiny_causal,
+    build_tiny_internvl,
+    build_word_tokenizer,
+    save_tiny,
+)
 from coconut.types import SPECIAL_TOKENS, ConfigError
 
 WORDS = ("\n", "###", "?", "start", "up", "a3", "a4", "blue", "red")
@@ -134,3 +140,19 @@ def test_text_only_models(model_type, tokenizer, tmp_path):
 def test_unknown_text_only_model(tokenizer):
     with pytest.raises(ConfigError, match="gpt2, llama, qwen2"):
         build_tiny_causal("bert", tokenizer)
+
+
+def test_a_tokenizer_is_learned_from_the_texts_and_spells_any_other():
+    tokenizer = build_bpe_tokenizer(["Every wumpus is a lempus. Is Tom a wumpus?"] * 3, max_length=64)
+    assert tokenizer.tokenize("Every wumpus is a lempus.") == ["Every", "Ġwumpus", "Ġis", "Ġa", "Ġlempus", "."]
+    assert tokenizer.decode(tokenizer("Größe: 3\n<eos>").input_ids) == "Größe: 3\n<eos>"
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (0, 1)
+    model = build_tiny_causal("gpt2", tokenizer, hidden=48, layers=3, heads=6)
+    assert (model.config.n_positions, model.config.n_head, model.config.n_layer) == (64, 6, 3)
+
+
+def test_sizes_that_cannot_be():
+    with pytest.raises(ConfigError, match="vocab_size is 200; the bytes alone take 256"):
+        build_bpe_tokenizer(["a"], vocab_size=200)
+    with pytest.raises(ConfigError, match="hidden 32 must be a multiple of heads 5"):
+        build_tiny_causal("qwen2", build_bpe_tokenizer(["a"]), hidden=32, heads=5)
