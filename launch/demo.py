@@ -2,6 +2,8 @@
 
     data -> Coconut, stage by stage -> no-CoT, as many steps -> evaluations -> report
 
+of the arrow maze or, with --task prosqa, of a small ProsQA: graphs told in words, no picture.
+
     OUT/model/            the tiny model that every run starts from (no_cot_deep: OUT/model_deep/)
     OUT/coconut/          Coconut's run folder; stage_0 is the CoT model, final the one that thinks in latent space
     OUT/no_cot_lr.../     answers without reasoning
@@ -30,9 +32,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-DATA = Path("data/arrow_maze")  # as args/demo.yaml names it, below ROOT
+sys.path.insert(0, str(ROOT))  # so that the script runs from a clone that is not installed
+
+from launch.demo_tasks import DEEP_NO_COT, OTHER_METHODS, SINGLE_STAGE, TASKS, Task
+
 CPU_RANKS = 2
-#: Overrides of args/demo.yaml that leave of each stage a minute's smoke test.
+#: Overrides of the configuration that leave of each stage a minute's smoke test.
 QUICK = (
     "samples_per_epoch=320",
     "epochs_per_stage=1",
@@ -44,21 +49,6 @@ QUICK = (
 )
 
 
-#: No-CoT with as many layers one after the other as Coconut's passes have: that of the prompt and one a thought.
-DEEP_NO_COT, DEEP_LAYERS = "no_cot_deep", (1 + 4) * 3
-#: Further methods of docs/methods.md, and what each needs beside its name. A step of the maze has four tokens.
-OTHER_METHODS: dict[str, tuple[str, ...]] = {
-    DEEP_NO_COT: ("method=no_cot",),
-    "icot": ("icot_tokens=4",),
-    "pause": (),
-    "pause_as_thought": (),
-    "pause_multipass": (),
-    "no_curriculum": (),
-    "no_thought": (),
-}
-SINGLE_STAGE = (DEEP_NO_COT, "pause", "no_curriculum")
-
-
 class PartError(Exception):
     """A command of the demo ended with an error; its own message is on the screen or in a log file."""
 
@@ -67,6 +57,7 @@ class Demo:
     """The parts, in order; each may be called again.
 
     Args:
+        task: what is learned.
         out: folder of everything that this demo makes, data apart.
         seed: of the model's first weights, the order of the data and the stage mixing.
         quick: train and evaluate a little of everything, to see that it runs.
@@ -79,6 +70,7 @@ class Demo:
 
     def __init__(
         self,
+        task: Task,
         out: Path,
         seed: int,
         quick: bool,
@@ -88,6 +80,7 @@ class Demo:
         ranks: int,
         deepspeed: Path,
     ) -> None:
+        self.task = task
         self.out = out
         self.seed = seed
         self.quick = quick
@@ -100,8 +93,9 @@ class Demo:
         self.times_file = out / "demo_times.json"
 
     def claim_folder(self) -> None:
-        """What is complete is taken over, so a folder belongs to one seed, at one length."""
-        marker, ours = self.out / "demo.json", {"seed": self.seed, "quick": self.quick}
+        """What is complete is taken over, so a folder belongs to one task and seed, at one length."""
+        marker = self.out / "demo.json"
+        ours = {"task": self.task.name, "seed": self.seed, "quick": self.quick}
         if marker.exists() and (found := json.loads(marker.read_text())) != ours:
             raise PartError(f"{self.out} holds a demo with {found}, not {ours}: give another --out")
         self.out.mkdir(parents=True, exist_ok=True)
@@ -109,14 +103,11 @@ class Demo:
 
     def make_data(self) -> None:
         with self._timed("data"):
-            self._make_model(self.out / "model")
+            for command in self.task.data_commands(ROOT):
+                self._run(*command)
+            self._run(*self.task.model_command(self.out / "model", self.task.layers, self.seed))
             if DEEP_NO_COT in self.others:
-                self._make_model(self.out / "model_deep", "--model-layers", DEEP_LAYERS)
-
-    def _make_model(self, folder: Path, *options: object) -> None:
-        """The model, and the data with the first of them."""
-        prepare = ("launch/prepare_data.py", "arrow-maze", "--out", DATA, "--model-seed", self.seed)
-        self._run(*prepare, "--model-out", folder, *options)
+                self._run(*self.task.model_command(self.out / "model_deep", self.task.deep_layers, self.seed))
 
     def train_coconut(self) -> None:
         self._train(self.coconut, "training, Coconut", ["method=coconut"])
@@ -131,14 +122,16 @@ class Demo:
     def train_others(self) -> None:
         steps, epochs = spent(self.coconut / "metrics.jsonl")
         for method, run in self.others.items():
-            settings = [f"method={method}", *OTHER_METHODS[method]]
+            settings = [f"method={'no_cot' if method == DEEP_NO_COT else method}"]
+            if method == "icot":
+                settings.append(f"icot_tokens={self.task.step_tokens}")
             if method in SINGLE_STAGE:  # as long as Coconut's stages together
                 settings += ["uniform_prob=0", "advance_at=null", f"num_epochs={epochs}", f"max_steps={steps}"]
             model = self.out / ("model_deep" if method == DEEP_NO_COT else "model")
             self._train(run, f"training, {method}", settings, model)
 
     def evaluate(self) -> dict[str, Path]:
-        """Test data as it is, with images shuffled, with noise for thoughts; and test_paths, whose paths are new.
+        """Test data as it is, with images shuffled, with noise for thoughts; and, in the maze, paths that are new.
 
         Returns:
             the folder of each method's evaluations.
@@ -181,7 +174,7 @@ class Demo:
             self._run(
                 *("deepspeed", "--num_gpus", self.ranks),
                 *("--master_port", free_port(), "launch/train.py"),
-                *("--deepspeed", self.deepspeed, "--config", "args/demo.yaml"),
+                *("--deepspeed", self.deepspeed, "--config", self.task.config),
                 *(f"save_path={run.parent}", f"name={run.name}", f"seed={self.seed}"),
                 f"model_id={model or self.out / 'model'}",
                 # The test data is scored once, by the evaluation.
@@ -193,12 +186,11 @@ class Demo:
     def _evaluate(self, folder: Path, checkpoint: Path) -> str:
         folder.mkdir(parents=True, exist_ok=True)
         log = folder / "log.txt"
-        shards = DATA / "shards"
         with log.open("w") as output:
             self._run(
                 *("launch/evaluate.py", "--checkpoint", checkpoint, "--out", folder, "--controls"),
-                *("--data", shards / "test", shards / "test_paths"),
-                *("--max-new-tokens", 32, *(["--limit", 100] if self.quick else [])),
+                *("--data", *self.task.tests),
+                *("--max-new-tokens", self.task.max_new_tokens, *(["--limit", 100] if self.quick else [])),
                 output=output,
                 log=log,
             )
@@ -279,9 +271,9 @@ def count_gpus() -> int:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--out", type=Path, help="folder to write (default: runs/demo/seed_SEED, or runs/demo_quick/...)"
-    )
+    parser.add_argument("--task", choices=tuple(TASKS), default="arrow-maze", help="default: %(default)s")
+    folder = "folder to write (default: runs/demo/seed_SEED or runs/prosqa/..., with --quick runs/demo_quick/...)"
+    parser.add_argument("--out", type=Path, help=folder)
     parser.add_argument("--seed", type=int, default=0, help="of weights and data order (default: %(default)s)")
     parser.add_argument(
         "--quick", action="store_true", help="a few steps of every part: shows that it runs, learns nothing"
@@ -296,12 +288,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--methods", nargs="*", choices=sorted(OTHER_METHODS), metavar="METHOD", default=(), help=also)
     parser.add_argument("--setup-seconds", type=float, default=0.0, help=argparse.SUPPRESS)  # demo.sh measures it
     arguments = parser.parse_args(argv)
-    default = ROOT / "runs" / ("demo_quick" if arguments.quick else "demo") / f"seed_{arguments.seed}"
+    task = TASKS[arguments.task]
+    default = ROOT / "runs" / f"{task.name}{'_quick' if arguments.quick else ''}" / f"seed_{arguments.seed}"
     out = (arguments.out or default).resolve()
     n_gpus = count_gpus()
     ranks = arguments.ranks or n_gpus or CPU_RANKS
     methods = list(OTHER_METHODS) if arguments.methods == [] else arguments.methods
-    demo = Demo(out, arguments.seed, arguments.quick, arguments.no_cot_lr, methods, n_gpus, ranks, arguments.deepspeed)
+    demo = Demo(
+        task, out, arguments.seed, arguments.quick, arguments.no_cot_lr, methods, n_gpus, ranks, arguments.deepspeed
+    )
     try:
         demo.claim_folder()
         demo.add_time("set-up", arguments.setup_seconds)

@@ -38,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--data", type=Path, nargs="+", help="folders of shards, or JSON or JSONL files")
     add("--out", type=Path, help="folder to write predictions.jsonl and summary.json to")
     add("--compare", type=Path, nargs=2, metavar="DIR", help="compare two evaluation folders, and evaluate nothing")
-    controls = "also, on the first data set: with the images shuffled, and (with latents) with noise for thoughts"
+    controls = "also, on the first data set: with images shuffled, and with noise for thoughts, where it has these"
     add("--controls", action="store_true", help=controls)
     latents = "also, on the first data set, with so many thoughts: 0..4, or 0,2,4"
     add("--latents", type=read_numbers, default=(), metavar="NUMBERS", help=latents)

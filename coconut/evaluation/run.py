@@ -66,7 +66,7 @@ def plan_jobs(
         data: data sets; the first is the one that controls and numbers of thoughts are tried on.
         out: folder to write.
         options: of all jobs.
-        controls: also with the images shuffled, and with noise for thoughts if the checkpoint has any.
+        controls: also with the images shuffled if the model sees any, and with noise for thoughts if it has any.
         latents: also with each of these numbers of thoughts, if the checkpoint has any.
 
     Raises:
@@ -82,7 +82,8 @@ def plan_jobs(
     first = jobs[0]
     changes: dict[str, dict[str, Any]] = {}
     if controls:
-        changes["images_shuffled"] = {"shuffle_images": True}
+        if _sees_images(checkpoint):
+            changes["images_shuffled"] = {"shuffle_images": True}
         if (_stage_spec(checkpoint) or {}).get("n_latents"):
             changes["noise"] = {"thoughts": "noise"}
     if latents:
@@ -165,6 +166,11 @@ def evaluate_checkpoint(
     distributed.barrier()
     distributed.shutdown_distributed()
     return results
+
+
+def _sees_images(checkpoint: Path) -> bool:
+    """Whether the model has a vision tower (text-only ones have no such configuration)."""
+    return "vision_config" in json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
 
 
 def _identity(checkpoint: Path, job: Job, n_samples: int) -> dict[str, Any]:

@@ -10,7 +10,10 @@ import pytest
 
 from coconut.config import create_config_from_template, load_config
 
-ARGS = ("base", "coconut", "cot", "debug", "demo", "eval", "large", "multimodal_coconut")
+ARGS = (
+    *("base", "coconut", "cot", "debug", "demo", "eval", "large", "multimodal_coconut"),
+    *("prosqa_gpt2", "prosqa_small"),
+)
 ENGINES = {"zero1": 1, "zero2": 2, "zero3": 3, "zero3_offload": 3}
 
 

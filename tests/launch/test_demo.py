@@ -142,7 +142,9 @@ def test_a_training_that_is_stopped_stops_the_demo_which_goes_on_when_started_ag
 
 
 def test_a_command_that_fails_is_an_error(script, tmp_path, monkeypatch):
-    demo = script.Demo(tmp_path, 0, False, [1e-3], [], 0, 2)
+    demo = script.Demo(
+        script.TASKS["arrow-maze"], tmp_path, 0, False, [1e-3], [], n_gpus=0, ranks=2, deepspeed=Path("zero3.json")
+    )
     with pytest.raises(script.PartError, match="ended with 2"):
         demo._run("launch/prepare_data.py", "no-such-data-set")
 
@@ -154,3 +156,23 @@ def test_a_folder_belongs_to_one_seed_at_one_length(start, capsys):
         status, commands = start(*arguments)
         assert status == 1 and not commands
         assert "give another --out" in capsys.readouterr().err
+
+
+def test_every_method_on_prosqa(script, start, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "ROOT", tmp_path)  # where no data is
+    status, commands = start("--task", "prosqa", "--methods", "--deepspeed", "ds_configs/zero1.json")
+    assert status == 0
+    assert [words[1] for words in commands[:5]] == ["prosqa"] * 3 + ["decoder"] * 2
+    layers = [words[words.index("--layers") + 1] for words in commands[3:5]]
+    assert layers == ["3", "15"]
+    trained = [
+        next(word for word in words if word.startswith("method=")) for words in commands if "launch/train.py" in words
+    ]
+    assert trained == ["method=coconut", "method=no_cot"] + [
+        f"method={'no_cot' if name == 'no_cot_deep' else name}" for name in script.OTHER_METHODS
+    ]
+    for words in commands:
+        if "launch/train.py" in words:
+            assert "args/prosqa_small.yaml" in words and "ds_configs/zero1.json" in words
+    deep = next(words for words in commands if "name=no_cot_deep" in words)
+    assert any(word.endswith("model_deep") for word in deep)
