@@ -1,4 +1,4 @@
-"""The probe's figure: what each change does to accuracy, and to the likelihood of the true answer."""
+"""The probe's figures: what each change does to accuracy and likelihood, and the search of a graph as a tree."""
 
 from __future__ import annotations
 
@@ -44,3 +44,57 @@ def draw_causal(rows: Sequence[dict[str, Any]], style: Style) -> bytes:
         name_rows(right, [bar.label for bar in bars] if style.narrow else [""] * n)
         right.set_title("truth, change in nats" if style.narrow else "log-likelihood of the truth, change in nats")
         return to_png(figure)
+
+
+def draw_frontier(example: dict[str, Any], style: Style) -> bytes:
+    """One graph, once for each number of thoughts, its nodes as dark as the model holds them likely to go on from.
+
+    Args:
+        example: from `probe_graph.frontier`.
+        style: of the page.
+    """
+    places = _tree(example)
+    on_path = set(zip(example["path"], example["path"][1:], strict=False))
+    n = len(example["shares"])
+    depth = 1 + max(y for _, y in places.values())
+    with settings(style):
+        if style.narrow:
+            figure, axes = panels(style, rows=n, height=0.7 * depth * n + 0.4)
+        else:
+            figure, axes = panels(style, columns=n, height=0.8 * depth + 0.6)
+        for drawn, (k, shares) in zip(axes, example["shares"].items(), strict=True):
+            drawn.set_title(f"after {k} thought{'s' if k != '1' else ''}")
+            for node, kinds in example["kinds"].items():
+                for kind in kinds if node in places else ():
+                    told = (node, kind) in on_path
+                    (x0, y0), (x1, y1) = places[node], places[kind]
+                    colour, width = (style.series(0), 2.2) if told else (style.grid, 1.2)
+                    drawn.plot([x0, x1], [-y0, -y1], zorder=1, color=colour, linewidth=width)
+            for node, (x, y) in places.items():
+                share = shares.get(node, 0.0)
+                box = {"boxstyle": "round,pad=0.3", "edgecolor": style.series(0) if share >= 0.005 else style.grid}
+                fill = {"facecolor": _mix(style.paper, style.series(0), share)}
+                text = f"{node}\n{share:.0%}" if node in shares else node
+                ink = style.paper if share > 0.55 and not style.dark else style.ink
+                weight = "bold" if node == example["answer"] else "normal"
+                drawn.text(x, -y, text, ha="center", va="center", fontsize=8, color=ink, fontweight=weight,
+                           bbox=box | fill, zorder=2)  # fmt: skip
+            drawn.set_xlim(-0.62, 0.62)
+            drawn.set_ylim(-depth + 0.45, 0.45)
+            drawn.set_axis_off()
+        return to_png(figure)
+
+
+def _tree(example: dict[str, Any]) -> dict[str, tuple[float, int]]:
+    """Where each node that can be reached stands: sideways in -0.5 .. 0.5, and its least number of edges downwards."""
+    places: dict[str, tuple[float, int]] = {}
+    for depth, layer in enumerate(example["layers"]):
+        new = [name for name in layer if name not in places]
+        for number, name in enumerate(new):
+            places[name] = ((number + 0.5) / len(new) - 0.5, depth)
+    return places
+
+
+def _mix(paper: str, colour: str, share: float) -> tuple[float, ...]:
+    ends = [[int(text[i : i + 2], 16) / 255 for i in (1, 3, 5)] for text in (paper, colour)]
+    return tuple(a + (b - a) * min(max(share, 0.0), 1.0) for a, b in zip(*ends, strict=True))

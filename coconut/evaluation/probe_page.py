@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from coconut.evaluation.figures import LIGHT_WIDE, SCREENS
-from coconut.evaluation.figures_probe import draw_causal
+from coconut.evaluation.figures import LIGHT_WIDE, SCREENS, Style
+from coconut.evaluation.figures_probe import draw_causal, draw_frontier
 from coconut.evaluation.page import data_uri, render
 from coconut.evaluation.wording import percent
 
@@ -42,8 +42,12 @@ def write_page(numbers: dict[str, Any], minds: Sequence[dict[str, Any]], out: Pa
     table = [row for row in rows if row["group"] != "alone"]
     drawn = {style: draw_causal(table, style) for style in SCREENS}
     (out / "causal.png").write_bytes(drawn[LIGHT_WIDE])
-    sources = [(query, data_uri(drawn[style])) for style, query in SCREENS.items() if query]
     alt = "; ".join(f"{row['label']}: {percent(row['accuracy']['mean'])} right" for row in table)
+    figures = {"causal": _figure(drawn, alt)}
+    for number, example in enumerate((numbers.get("frontier") or {}).get("examples", ())):
+        drawn = {style: draw_frontier(example, style) for style in SCREENS}
+        (out / f"frontier_{number + 1}.png").write_bytes(drawn[LIGHT_WIDE])
+        figures[f"frontier_{number + 1}"] = _figure(drawn, f"the graph of {example['key']}: {example['asked']}")
     context = {
         "title": "Are the thoughts used?",
         "verdict": verdict(numbers),
@@ -53,18 +57,24 @@ def write_page(numbers: dict[str, Any], minds: Sequence[dict[str, Any]], out: Pa
         "swap": _swap_bars(numbers),
         "reading": _reading_table(numbers),
         "path": _path_table(numbers),
+        "frontier": _frontier_table(numbers),
         "minds": {"intro": _minds_intro(minds), "cards": minds},
         "words": _words_table(numbers),
         "shape": _shape_table(numbers),
         "notes": _notes(numbers),
         "changes": CHANGES,
-        "figures": {"causal": {"sources": sources, "fallback": data_uri(drawn[LIGHT_WIDE]), "alt": alt}},
+        "figures": figures,
     }
     page = out / "index.html"
     unfinished = page.with_suffix(".tmp")
     unfinished.write_text(render(context, "probe"), encoding="utf-8")
     unfinished.replace(page)
     return page
+
+
+def _figure(drawn: dict[Style, bytes], alt: str) -> dict[str, Any]:
+    sources = [(query, data_uri(drawn[style])) for style, query in SCREENS.items() if query]
+    return {"sources": sources, "fallback": data_uri(drawn[LIGHT_WIDE]), "alt": alt}
 
 
 def verdict(numbers: dict[str, Any]) -> list[str]:
@@ -238,6 +248,36 @@ def _path_table(numbers: dict[str, Any]) -> dict[str, Any] | None:
         f"{path['n']} questions, in the layer that looks most sharply. Even attention would put 6.2 % on every cell."
     )
     return {"intro": intro, "head": path["columns"], "rows": body}
+
+
+def _frontier_table(numbers: dict[str, Any]) -> dict[str, Any] | None:
+    frontier = numbers.get("frontier")
+    if frontier is None:
+        return None
+    names = ("path", "level", "other", "best_on_path", "best_on_level")
+    body = [
+        {
+            "name": f"after {row['thoughts']} thought{'s' if row['thoughts'] > 1 else ''}, {row['n']:,} questions",
+            "cells": [{"value": f"{row['reached']:.1f}", "shade": 0}, *(_share({"mean": row[name]}) for name in names)],
+        }
+        for row in frontier["rows"]
+    ]
+    intro = (
+        "The model is made to write after some of its thoughts: the probability of each node's name after “Every” in "
+        "the step that would come next. A search in breadth keeps several nodes open and narrows down; a model that "
+        "walks one path puts all on one node at once. In the figures a node that is already left has little, the line "
+        "is the written path, the answer is bold."
+    )
+    head = [
+        "nodes so many edges from the root",
+        "on the path's node",
+        "on the others of these",
+        "on all other nodes",
+        "likeliest: the path's",
+        "likeliest: so many edges away",
+    ]
+    cards = [{"name": f"frontier_{n + 1}", "asked": e["asked"]} for n, e in enumerate(frontier["examples"])]
+    return {"intro": intro, "head": head, "rows": body, "cards": cards}
 
 
 def _minds_intro(minds: Sequence[dict[str, Any]]) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from coconut.evaluation.loaded import load
 from coconut.evaluation.page import data_uri
 from coconut.evaluation.probe import Outcome, Study, conditions, effects
+from coconut.evaluation.probe_graph import frontier
 from coconut.evaluation.probe_look import Look, attention_on_path, looks, paint
 from coconut.evaluation.probe_maze import late_picture, read_mazes, swap
 from coconut.evaluation.probe_page import write_page
@@ -20,6 +21,7 @@ NUMBERS_FILE = "probe.json"
 N_MINDS = {True: 4, False: 3}  # example cards of right and of wrong answers
 _PICTURE_PX = 224
 _PATH_SAMPLES = 50
+_GRAPHS = 500  # questions of ProsQA whose search is looked at
 
 
 def probe_checkpoint(
@@ -85,6 +87,10 @@ def probe_checkpoint(
         if study.model.tokens_per_patch == len(mazes[0].arrows):  # an image token a cell
             rows = range(min(_PATH_SAMPLES, len(study)))
             numbers["path"] = attention_on_path(study, [maze.path for maze in mazes], rows)
+    search = frontier(study, _GRAPHS)
+    if search is not None:
+        say("the data is ProsQA: what the thoughts hold possible was read")
+        numbers["frontier"] = search
     out.mkdir(parents=True, exist_ok=True)
     write_whole(out / NUMBERS_FILE, json.dumps(numbers, indent=2, ensure_ascii=False) + "\n")
     write_page(numbers, _minds(study, outcomes["own"]), out)
