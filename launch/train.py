@@ -105,13 +105,21 @@ def make_demo_data(config: Config) -> None:
 
 
 def is_done(config: Config) -> bool:
-    """Whether the stage that this run is to end with is complete: then no rank has to load anything."""
+    """Whether the stage that this run is to end with is complete: then no rank has to load anything.
+
+    Raises:
+        ConfigError: it is, in a run with other settings.
+    """
     from coconut.training import StageManager
+    from coconut.training.resume import check_same_run
     from coconut.training.run_folder import is_stage_done
 
     stage, last = config.stop_after_stage, StageManager.from_config(config).stages[-1]
     # After the last stage the test data are scored, which the stage's own marker does not tell.
-    return config.resume == "auto" and stage not in (None, last) and is_stage_done(config.run_dir, stage)
+    found = config.resume == "auto" and stage not in (None, last) and is_stage_done(config.run_dir, stage)
+    if found:
+        check_same_run(config)
+    return found
 
 
 def dry_run(config: Config) -> None:
@@ -143,14 +151,19 @@ def check(config: Config, *, is_dry: bool = False) -> tuple[Any, Any]:
     from coconut.model.auxiliary import load_auxiliary_loss
     from coconut.model.loading import load_outline
     from coconut.training.resume import take_run
-    from coconut.utils.distributed import get_world_size, init_distributed_training, on_main_first
+    from coconut.utils.distributed import (
+        collective_timeout_s,
+        get_world_size,
+        init_distributed_training,
+        on_main_first,
+    )
     from coconut.utils.logging import setup_logging
     from coconut.utils.tokenizer import load_tokenizer
 
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     disable_progress_bar()  # transformers' own, at each loading and saving, from every rank
-    init_distributed_training(force=True)
+    init_distributed_training(force=True, timeout_s=collective_timeout_s(config.hang_timeout_s))
     if not is_dry:
         on_main_first(lambda: take_run(config.run_dir))
     setup_logging(config)

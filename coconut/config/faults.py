@@ -65,7 +65,10 @@ def unknown_key(key: str, value: Any) -> Fault:
     nearest = _ELSEWHERE.get(leaf) if not parents else None
     if nearest is None:
         nearest = next(iter(difflib.get_close_matches(leaf, names, n=1, cutoff=0.5)), None)
-    hint = f"did you mean {'.'.join([*parents, nearest])}?" if nearest else f"known are {', '.join(sorted(names))}"
+    if nearest is not None:
+        hint = f"did you mean {'.'.join([*parents, nearest])}?"
+    else:
+        hint = f"known are {', '.join(sorted(names))}" if parents else "docs/configuration.md lists all"
     return Fault(key, f"{key} = {value!r}: unknown key; {hint}")
 
 

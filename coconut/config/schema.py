@@ -347,7 +347,7 @@ class Schema(BaseModel):
         "bytes a trained parameter, divided by the ranks); a stage's end and a stop wait for theirs",
     )
     save_only_improve: bool = Field(
-        False, description="inside a stage, save after each validation that got better, and only then"
+        False, description="inside a stage, save after each validation that got better, in place of save_every_n_epochs"
     )
     max_checkpoints: Annotated[Int, Unit("checkpoints")] = Field(
         5, ge=1, description="checkpoints kept; the oldest goes first"

@@ -169,9 +169,10 @@ class CheckpointFolder:
 
     def _need_space(self, n_bytes: float, final: Path) -> None:
         free = on_main_first(lambda: shutil.disk_usage(self.folder).free)
-        if free < n_bytes + SPARE_BYTES:
+        needed = n_bytes + SPARE_BYTES
+        if free < needed:
             raise CheckpointError(
-                f"{final} needs {n_bytes / 2**20:.1f} MiB and {free / 2**20:.1f} MiB are free; remove something, or "
+                f"{final} needs {needed / 2**20:.1f} MiB and {free / 2**20:.1f} MiB are free; remove something, or "
                 f"set a smaller max_checkpoints (now {self.keep}). Older checkpoints are untouched"
             )
 
@@ -196,7 +197,8 @@ class CheckpointFolder:
 
     def complete(self) -> list[Path]:
         """Complete checkpoints, oldest first; their files are not checked."""
-        return sorted(path.parent for path in self.folder.glob(f"step-*/{MANIFEST_FILE}"))
+        found = (path.parent for path in self.folder.glob(f"step-*/{MANIFEST_FILE}"))
+        return sorted(path for path in found if path.name[5:].isdecimal())
 
     def newest_valid(self, look_only: bool = False) -> Path | None:
         """The newest checkpoint whose files are what their writers wrote; every rank must call it.
@@ -230,7 +232,8 @@ class CheckpointFolder:
             logger.warning("passing over %s: its writer died before it was complete; %s", left_over, done)
             if not look_only:
                 shutil.rmtree(left_over, ignore_errors=True)
-        return sorted((path.name for path in self.folder.glob("step-*")), reverse=True)
+        # Ours alone: a copy or a link with a name of its own (step-best) is no newest one.
+        return sorted((p.name for p in self.folder.glob("step-*") if p.name[5:].isdecimal()), reverse=True)
 
 
 def fault_of(folder: Path) -> str | None:
@@ -323,13 +326,18 @@ def read_checkpoint(folder: Path, run: dict[str, Any]) -> Checkpoint:
         raise CheckpointError(f"{folder} is no complete checkpoint: {error}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged: {error!r}; remove {folder} to go on without it") from error
-    differences = [f"{k} was {written_for.get(k)!r} and is {v!r}" for k, v in run.items() if written_for.get(k) != v]
+    refuse_other_run(folder, written_for, run)
+    return Checkpoint(folder, TrainState.from_dict(state), numbers)
+
+
+def refuse_other_run(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raises ConfigError where settings that make a run differ from those that `folder` was written for."""
+    differences = [f"{k} was {before.get(k)!r} and is {v!r}" for k, v in now.items() if before.get(k) != v]
     if differences:
         raise ConfigError(
             f"{folder} is of another run: {'; '.join(differences)}. Put these back, choose another name, or start anew "
             "with resume=none"
         )
-    return Checkpoint(folder, TrainState.from_dict(state), numbers)
 
 
 def load_checkpoint(engine: Any, checkpoint: Checkpoint) -> None:

@@ -7,27 +7,42 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+from torch import Tensor
+
 from coconut.model import MultimodalCoconut
 from coconut.training.engine import gathered_state_dict
 from coconut.training.run_folder import DONE_FILE, is_stage_done, replace_folder, set_aside, write_json
 from coconut.training.state import TrainState
-from coconut.utils.distributed import barrier, is_main_process
+from coconut.types import CheckpointError
+from coconut.utils.distributed import is_main_process, on_main_first
 from coconut.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
 
 def export_model(engine: Any, model: MultimodalCoconut, processors: list[Any], final: Path) -> None:
-    """Write weights, configuration and `processors` (tokenizer ...) to `final`; every rank must call it."""
+    """Write weights, configuration and `processors` (tokenizer ...) to `final`; every rank must call it.
+
+    Raises:
+        CheckpointError: on every rank, when the disk is full or not to be written; what was in `final` stays.
+    """
     weights = gathered_state_dict(engine)
-    if is_main_process():
-        partial = final.with_name(f".{final.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
+    on_main_first(lambda: _write(model, weights, processors, final))
+
+
+def _write(model: MultimodalCoconut, weights: dict[str, Tensor], processors: list[Any], final: Path) -> None:
+    partial = final.with_name(f".{final.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
         model.save_pretrained(partial, state_dict=weights)
         for processor in processors:
             processor.save_pretrained(partial)
         replace_folder(partial, final)
-    barrier()
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        text = f"{final} could not be written ({str(error).splitlines()[0]}). Checkpoints are untouched"
+        raise CheckpointError(f"{text}: make room, and the same command goes on from the last of them") from error
 
 
 def best_name(stage: int) -> str:

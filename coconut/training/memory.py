@@ -11,10 +11,17 @@ import torch
 from coconut.training.watchdog import Watchdog
 from coconut.types import Batch, TrainingError
 
+_NEW_RUN = "this makes another run, so give it another name"
+
 
 @contextmanager
-def explaining_memory(watchdog: Watchdog, batch: Batch, config: Any) -> Iterator[None]:
+def explaining_memory(watchdog: Watchdog, config: Any, batch: Batch | None = None) -> Iterator[None]:
     """Turns an allocation that failed inside into an error that names phase, shapes and remedies.
+
+    Args:
+        watchdog: knows the phase.
+        config: says which remedies are in use already.
+        batch: the micro-batch at work, in training.
 
     Raises:
         TrainingError: memory ran out.
@@ -22,12 +29,12 @@ def explaining_memory(watchdog: Watchdog, batch: Batch, config: Any) -> Iterator
     try:
         yield
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        if not is_out_of_memory(error):
+        if isinstance(error, TrainingError) or not is_out_of_memory(error):
             raise
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise TrainingError(
-            f"out of memory: {watchdog.where()}; the micro-batch is {shape_of(batch)}. {said}\n"
-            "  What would help, the cheapest first:\n" + "".join(f"  - {text}\n" for text in remedies(config))
+            f"out of memory: {watchdog.where()}{f'; the micro-batch is {shape_of(batch)}' if batch else ''}. {said}\n"
+            "  What would help, the cheapest first:\n" + "".join(f"  - {text}\n" for text in remedies(config, batch))
         ) from error
 
 
@@ -49,20 +56,31 @@ def shape_of(batch: Batch) -> str:
     return text
 
 
-def remedies(config: Any) -> list[str]:
-    """Settings that would need less memory, those that are in use already left out."""
+def remedies(config: Any, batch: Batch | None = None) -> list[str]:
+    """Settings that would need less memory, those that are in use already left out.
+
+    Args:
+        config: of the run.
+        batch: the micro-batch of training; None where memory ran out before the steps or between them.
+    """
     found = []
+    rows = 0 if batch is None else len(batch.tensors["input_ids"])
     if not config.gradient_checkpointing:
         found.append("gradient_checkpointing=true: recomputes activations, for about a third more time")
-    if not (config.bf16 or config.fp16):
-        found.append("bf16=true: halves weights, gradients and activations, where the device has it")
-    if config.batch_size_training > 1:
-        half = config.batch_size_training // 2
-        text = f"batch_size_training={half} (now {config.batch_size_training})"
+    if rows > 1:
+        text = f"batch_size_training={rows // 2} (this micro-batch has {rows} samples)"
         if config.global_batch_size is None:
             text += f" with gradient_accumulation_steps={2 * config.gradient_accumulation_steps}"
         found.append(f"{text}: the same step in smaller micro-batches")
-    if config.max_num_patches > 1:
-        found.append(f"a smaller max_num_patches (now {config.max_num_patches}) or max_length: fewer columns")
+    if batch is None and config.batch_size_eval > 1:
+        found.append(
+            f"batch_size_eval={config.batch_size_eval // 2} (now {config.batch_size_eval}), if it was validating"
+        )
     found.append("--deepspeed ds_configs/zero3.json on more ranks, or zero3_offload.json: a smaller part of the state")
+    if not (config.bf16 or config.fp16):
+        found.append(f"bf16=true, where the device has it: halves weights, gradients and activations; {_NEW_RUN}")
+    if config.max_num_patches > 1:
+        found.append(
+            f"a smaller max_num_patches (now {config.max_num_patches}), or max_length: fewer columns; {_NEW_RUN}"
+        )
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ class MetricsWriter:
     def __init__(self, run_dir: Path) -> None:
         self.path = run_dir / METRICS_FILE
         self._monitors: Any = None
+        self._unwritten: list[str] = []
 
     def open_monitors(self, ds_config: dict[str, Any], step: int) -> None:
         """Send later rows to DeepSpeed's monitors too; see `monitors.open_monitors`."""
@@ -38,22 +40,52 @@ class MetricsWriter:
             return
         text = self.path.read_text()
         lines = text[: text.rfind("\n") + 1].splitlines()  # a line cut off by a crash is left out
-        rows = [line for line in lines if json.loads(line).get("step", 0) <= step]
+        steps = [_step_of(line) for line in lines]
+        if broken := [number for number, of in enumerate(steps, 1) if of is None]:
+            logger.warning("%s: line %s cannot be read and is left out", self.path, ", ".join(map(str, broken)))
+        rows = [line for line, of in zip(lines, steps, strict=True) if of is not None and of <= step]
         partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(f"{line}\n" for line in rows))
+        with partial.open("w") as file:
+            file.write("".join(f"{line}\n" for line in rows))
+            file.flush()
+            os.fsync(file.fileno())
         partial.replace(self.path)
 
     def write(self, kind: str, **values: Any) -> None:
         """One row: ``kind`` is plan, train, val, test, stage or anomaly."""
         if not is_main_process():
             return
-        row = _without_nan({"kind": kind, **values})
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        self._unwritten.append(json.dumps(_without_nan({"kind": kind, **values})) + "\n")
+        self._append()
         numbers = {f"{kind}/{name}": v for name, v in values.items() if isinstance(v, (int, float)) and name != "step"}
         log_to_wandb(numbers, values["step"])
         if self._monitors is not None:
             self._monitors.write_events([(name, value, values["step"]) for name, value in numbers.items()])
+
+    def _append(self) -> None:
+        """Write the rows that are not on the disk yet; a full one ends no training, and gets them later."""
+        try:
+            with self.path.open("ab") as file:
+                before = file.tell()
+                try:
+                    file.write("".join(self._unwritten).encode())
+                    file.flush()
+                except OSError:
+                    file.truncate(before)  # no half a line
+                    raise
+        except OSError as error:
+            if len(self._unwritten) == 1:
+                logger.warning("metrics wait for room on the disk: %s", error)
+            return
+        self._unwritten.clear()
+
+
+def _step_of(line: str) -> int | None:
+    """The step of a row; None where the line is none."""
+    try:
+        return int(json.loads(line).get("step", 0))
+    except (ValueError, TypeError, AttributeError):
+        return None
 
 
 def _without_nan(value: Any) -> Any:

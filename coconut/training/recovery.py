@@ -51,6 +51,7 @@ class Recovery:
 
     def _roll_back(self, engine: Any, state: TrainState, seen: str) -> None:
         """The last checkpoint's weights and optimizer; the position stays, so the data since then are passed over."""
+        self.checkpoints.settle()  # a checkpoint that is being written counts, and outlives the run if this ends it
         most = self.config.max_rollbacks
         advice = f"The last: {seen}. Look at these samples, or lower learning_rate"
         in_row = f"{state.skipped_in_row} steps in a row were skipped"

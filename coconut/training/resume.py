@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from coconut.config import load_config
 from coconut.training.bad_samples import BAD_SAMPLES_FILE
-from coconut.training.checkpoint import Checkpoint, CheckpointFolder, fault_of, read_checkpoint
+from coconut.training.checkpoint import Checkpoint, CheckpointFolder, fault_of, read_checkpoint, refuse_other_run
 from coconut.training.metrics import METRICS_FILE, MetricsWriter
-from coconut.training.run_folder import hold_run, restore_replaced, set_aside
+from coconut.training.run_folder import CONFIG_FILE, hold_run, restore_replaced, set_aside
 from coconut.training.stop import StopRequests
 from coconut.types import CheckpointError, ConfigError
 from coconut.utils.distributed import on_main_first
@@ -19,11 +20,16 @@ logger = get_logger(__name__)
 #: What a run keeps from its first step to its last; a checkpoint written with other values is of another run.
 FIXED_SETTINGS = (
     "seed", "method", "c_thought", "max_latent_stage", "pad_latent_to_max", "model_id", "load_model_path",
-    "train_data_path", "max_train_samples", "samples_per_epoch", "balance", "image_size", "max_num_patches",
-    "use_thumbnail", "dynamic_preprocess", "prompt_format", "bf16", "fp16", "latent_feedback", "latent_passes",
+    "train_data_path", "max_train_samples", "samples_per_epoch", "max_length", "balance", "image_size",
+    "max_num_patches", "use_thumbnail", "dynamic_preprocess", "prompt_format", "bf16", "fp16", "latent_feedback",
+    "latent_passes",
     "jacobi_iterations", "auxiliary_losses", "icot_tokens", "icot_smoothing", "start_stage",
     "freeze", "lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules",
 )  # fmt: skip
+
+
+#: What a start is asked for, not what the run is.
+_OF_ONE_START = ("resume", "stop_after_stage")
 
 
 def fixed_settings(config: Any) -> dict[str, Any]:
@@ -32,13 +38,38 @@ def fixed_settings(config: Any) -> dict[str, Any]:
     costs = {name: getattr(config, name) or None for name in ("cost_per_patch", "cost_per_latent_pass")}
     own = {str(stage): table["train_data_path"] for stage, table in config.stages.items() if "train_data_path" in table}
     stages = range(config.max_latent_stage + 1)
-    of_stages: dict[str, Any] = {"stages.c_thought": [config.stage_setting(stage, "c_thought") for stage in stages]}
+    of_stages: dict[str, Any] = {
+        "stages.c_thought": [config.stage_setting(stage, "c_thought") for stage in stages],
+        "stages.uniform_prob": [config.stage_setting(stage, "uniform_prob") for stage in stages],
+    }
     return (
         {name: getattr(config, name) for name in FIXED_SETTINGS}
         | of_stages
         | costs
         | {"stages.train_data_path": own or None}
     )
+
+
+def check_same_run(config: Any) -> None:
+    """Raises ConfigError where the run folder's own configuration is of another run."""
+    path = config.run_dir / CONFIG_FILE
+    if path.exists():
+        refuse_other_run(config.run_dir, fixed_settings(load_config(path, validate=False)), fixed_settings(config))
+
+
+def say_changes(run_dir: Path, config: Any) -> None:
+    """Name the settings that a run goes on with other values of than it had before; those it may change."""
+    path = run_dir / CONFIG_FILE
+    if not path.exists():
+        return
+    before = load_config(path, validate=False).to_dict()
+    changed = [
+        f"{name} was {before.get(name)!r} and is {value!r}"
+        for name, value in config.to_dict().items()
+        if name not in _OF_ONE_START and before.get(name) != value
+    ]
+    if changed:
+        logger.info("settings that are other than when the run was last started: %s", "; ".join(changed))
 
 
 def take_run(run_dir: Path) -> None:
@@ -104,7 +135,9 @@ def _make_room(checkpoints: CheckpointFolder, folder: Path | None) -> Checkpoint
         return None
     found = read_checkpoint(folder, checkpoints.run)
     newer = [other.name for other in checkpoints.folder.glob("step-*") if other.name > folder.name]
-    set_aside(checkpoints.folder, newer)  # else the next start would take them for the newest
+    if newer:  # else the next start would take them for the newest
+        old = set_aside(checkpoints.folder, newer)
+        logger.warning("going back to %s: %s moved to %s", folder.name, ", ".join(sorted(newer)), old)
     MetricsWriter(run_dir).rewind(found.state.step)
     logger.info("going on from %s: stage %d, step %d", folder, found.state.stage, found.state.step)
     return found

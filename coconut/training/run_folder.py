@@ -19,6 +19,7 @@ from typing import Any, TextIO
 from coconut.types import ConfigError
 
 DONE_FILE = "done.json"
+CONFIG_FILE = "config.yaml"  # of the last start
 
 _held: dict[Path, TextIO] = {}  # run folders that this process holds, until it ends
 

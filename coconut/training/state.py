@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -71,10 +72,11 @@ class TrainState:
         """
         self.validated_step, self.validation = self.step, metrics
         score = -metrics[metric] if metric == "loss" else metrics[metric]
-        is_best = self.best_score is None or score > self.best_score
+        is_sound = not math.isnan(score)  # NaN is less than nothing, and would never be beaten
+        is_best = is_sound and (self.best_score is None or score > self.best_score)
         if is_best:
             self.best_score, self.best_step = score, self.step
-        if self.gain_from is None or score > self.gain_from + min_delta:
+        if is_sound and (self.gain_from is None or score > self.gain_from + min_delta):
             self.gain_from, self.validations_without_gain = score, 0
         else:
             self.validations_without_gain += 1

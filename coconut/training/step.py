@@ -124,7 +124,7 @@ def take_step(
     loss_sum, loss, fault = 0.0, 0.0, None
     for number, batch in enumerate(micro_batches, 1):
         watchdog.enter("forward and backward", batch.keys)
-        with explaining_memory(watchdog, batch, config):
+        with explaining_memory(watchdog, config, batch):
             # The engine averages over ranks: the sum over all label tokens of the step, divided by their number.
             output = engine(**to_device(batch, model.device), loss_only=True, num_items_in_batch=labels / world)
             # A copy: without ZeRO, DeepSpeed 0.19.8 divides the gradient of the very tensor that forward returned by

@@ -27,9 +27,11 @@ from coconut.training.engine import build_engine, is_owned, reset_optimizer, set
 from coconut.training.export import best_name, export_model, exported_step, mark_stage_done, settle_best
 from coconut.training.inputs import TrainingInputs
 from coconut.training.live_view import LiveView
+from coconut.training.memory import explaining_memory
 from coconut.training.metrics import Totals
 from coconut.training.recovery import Recovery
-from coconut.training.resume import find_start, fixed_settings, last_stage, take_run
+from coconut.training.resume import find_start, fixed_settings, last_stage, say_changes, take_run
+from coconut.training.run_folder import CONFIG_FILE
 from coconut.training.run_log import RunLog
 from coconut.training.schedule import is_at_bound, is_validation_due, reason_to_end
 from coconut.training.stages import StageManager
@@ -42,6 +44,7 @@ from coconut.types import Batch, CheckpointError, ConfigError, DataError
 from coconut.utils.device import device_name, peak_flops
 from coconut.utils.distributed import (
     all_reduce_sum,
+    collective_timeout_s,
     get_world_size,
     init_distributed_training,
     is_main_process,
@@ -105,7 +108,7 @@ class MultimodalCoTTrainer:
     def engine(self) -> Any:
         """The DeepSpeed engine; built at its first use, resumed from the run folder's newest checkpoint."""
         set_seed(self.config.seed)
-        init_distributed_training(force=True)
+        init_distributed_training(force=True, timeout_s=collective_timeout_s(self.config.hang_timeout_s))
         if not self.is_dry:
             on_main_first(lambda: take_run(self.run_dir))
             self.bad_samples.load()
@@ -113,12 +116,15 @@ class MultimodalCoTTrainer:
         if start is not None:
             self.state = start.state
             self.geometry = stage_geometry(self.config, self.state.stage, self.state)
+            self.watchdog.step = self.state.step
         engine = build_engine(self.model, self.config, None if self.is_dry else self.run_dir, self.geometry)
         if start is not None:
             load_checkpoint(engine, start)
         self.state.group = self.state.group or get_world_size()
         if is_main_process() and not self.is_dry:
-            self.config.save(self.run_dir / "config.yaml")
+            if start is not None:
+                say_changes(self.run_dir, self.config)
+            self.config.save(self.run_dir / CONFIG_FILE)
             ds_config = json.loads((self.run_dir / "ds_config.json").read_text())
             self.log.metrics.open_monitors(ds_config, self.state.step)
         return engine
@@ -130,7 +136,7 @@ class MultimodalCoTTrainer:
 
         Stops before that, with a checkpoint, where `stop_after_stage` or a stop request says so.
         """
-        with noting_signals(), self.watchdog, self.log.view:
+        with noting_signals(), self.watchdog, self.log.view, explaining_memory(self.watchdog, self.config):
             self._train()
             self.checkpoints.settle()
 
@@ -147,6 +153,7 @@ class MultimodalCoTTrainer:
             if not self._is_done(stage) and not self._is_over():
                 self._train_stage(stage)
             if self._is_done(stage):
+                self._export_stage(stage)
                 mark_stage_done(self.run_dir, stage, self.state)
         if self.stop_reason is not None:
             self.stops.write(self.state.stage, self.state.step, self.stop_reason)
@@ -185,7 +192,6 @@ class MultimodalCoTTrainer:
         if state.stage_done:
             self.log.stage_end(state)
             on_main_first(lambda: settle_best(self.run_dir, stage, state.best_step))
-            self._export(f"stage_{stage}")
         self.checkpoints.settle()
         if self.checkpoints.saved != state.to_dict():
             self.save_checkpoint(state.epoch, self._metrics_now())
@@ -229,7 +235,7 @@ class MultimodalCoTTrainer:
             self.log.validation("val", state, metrics)
             is_best = state.judge(metrics, config.validation_metric, config.early_stopping_min_delta)
             if is_best:
-                self._export(best_name(state.stage))
+                self._export_best()
             reason = reason_to_end(state, settings)
             if reason is not None:
                 logger.info("stage %d ends: %s", state.stage, reason)
@@ -342,6 +348,7 @@ class MultimodalCoTTrainer:
                 self.bad_samples.check(state.bad_samples + plan.bad_samples, state.samples + plan.samples)
             except DataError:
                 self._save_if_possible({})  # all ranks are here: the steps so far need not be taken again
+                self.checkpoints.settle()
                 raise
 
     def _cost(self, batch: Batch) -> float:
@@ -423,6 +430,20 @@ class MultimodalCoTTrainer:
                 self.save_checkpoint(self.state.epoch, metrics)
         except CheckpointError as error:
             logger.warning("training goes on without a checkpoint: %s", error)
+
+    def _export_stage(self, stage: int) -> None:
+        """RUN/stage_K/, after the checkpoint: a disk too full for it costs no step, a resumed run makes it up."""
+        name = f"stage_{stage}"
+        if stage == self.state.stage and on_main_first(lambda: exported_step(self.run_dir / name)) != self.state.step:
+            self.model.stage_spec = self.stages.spec(stage)
+            self._export(name)
+
+    def _export_best(self) -> None:
+        """A model that training can do without."""
+        try:
+            self._export(best_name(self.state.stage))
+        except CheckpointError as error:
+            logger.warning("training goes on without its best model so far: %s", error)
 
     def _export(self, name: str) -> None:
         self.watchdog.enter(f"exporting {name}")

@@ -33,6 +33,11 @@ LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER
 GLOO_RELEASES_S = 0.5
 
 
+def collective_timeout_s(hang_timeout_s: float | None) -> float:
+    """How long a collective may wait in a run with that ``hang_timeout_s``: longer, so the watchdog speaks first."""
+    return 7 * 24 * 3600.0 if hang_timeout_s is None else max(2 * hang_timeout_s, 1800.0)
+
+
 def init_distributed_training(force: bool = False, timeout_s: float = 1800.0) -> None:
     """Joins the process group that the launcher's environment describes: gloo on CPUs, NCCL on GPUs.
 

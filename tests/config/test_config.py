@@ -125,7 +125,7 @@ def test_debug_makes_a_small_run_unless_told_otherwise() -> None:
     [
         ({"leraning_rate": 1}, "leraning_rate = 1: unknown key; did you mean learning_rate?"),
         ({"lr": 1}, "did you mean learning_rate?"),
-        ({"zzz": 1}, "unknown key; known are advance_at, "),
+        ({"zzz": 1}, "unknown key; docs/configuration.md lists all"),
         ({"method": "cocount"}, "no_curriculum, no_thought; did you mean coconut?"),
         ({"c_thought": True}, "c_thought = True: must be a number"),
         ({"c_thought": 1.5}, "must be a whole number"),

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from coconut.config import Config
 from coconut.training.anomalies import WINDOW, judge_loss, remember
-from coconut.training.memory import is_out_of_memory, remedies
+from coconut.training.memory import explaining_memory, is_out_of_memory, remedies
 from coconut.training.state import TrainState
-from coconut.training.watchdog import EXIT_HANG
+from coconut.training.watchdog import EXIT_HANG, Watchdog
+from coconut.types import Batch, TrainingError
 from tests.training.ranks import run, start
 
 
@@ -43,9 +46,25 @@ def test_memory_errors_are_told_from_others_and_answered_by_what_is_not_set_yet(
     assert is_out_of_memory(MemoryError())
     assert not is_out_of_memory(RuntimeError("shapes do not match"))
     assert any("gradient_checkpointing=true" in text for text in remedies(Config()))
-    assert any("gradient_accumulation_steps=2" in text for text in remedies(Config()))
-    saving = Config({"gradient_checkpointing": True, "bf16": True, "batch_size_training": 1, "max_num_patches": 1})
+    batch = Batch({"input_ids": torch.zeros(6, 9, dtype=torch.long)}, (), 0)
+    assert any("batch_size_training=3 (this micro-batch has 6" in text for text in remedies(Config(), batch))
+    assert any("gradient_accumulation_steps=2" in text for text in remedies(Config(), batch))
+    saving = Config({"gradient_checkpointing": True, "bf16": True, "batch_size_eval": 1, "max_num_patches": 1})
     assert [text.split()[0] for text in remedies(saving)] == ["--deepspeed"]
+    # What belongs to a run cannot be changed when it goes on.
+    assert next(text.split("=")[0] for text in remedies(Config()) if "another name" in text) == "bf16"
+
+
+def test_memory_that_runs_out_between_steps_is_explained_too_and_once(tmp_path: Path) -> None:
+    watchdog, config = Watchdog(None, tmp_path), Config({"batch_size_eval": 8})
+    watchdog.enter("validating", ["a", "b"])
+    says = pytest.raises(TrainingError, match=r'"validating" of samples a, b\. CUDA out of memory')
+    with says as outer, explaining_memory(watchdog, config):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    assert "batch_size_eval=4 (now 8), if it was validating" in str(outer.value)
+    with pytest.raises(TrainingError) as again, explaining_memory(watchdog, config):
+        raise outer.value
+    assert again.value is outer.value
 
 
 STAGE_0 = ("stop_after_stage=0", "stages.0.epochs=6", "eval_every_n_epochs=9")  # 24 steps
@@ -121,4 +140,5 @@ class TestRuns:
         print(f"TOOK out of memory: {run_.seconds_since_fault():.1f} s")
         assert 'after step 3, in "forward and backward" of samples ' in run_.text
         assert "the micro-batch is 16 samples x " in run_.text and "image patches 16 x 3 x 112 x 112" in run_.text
-        assert "gradient_checkpointing=true" in run_.text and "batch_size_training=16 (now 32)" in run_.text
+        assert "gradient_checkpointing=true" in run_.text
+        assert "batch_size_training=8 (this micro-batch has 16 samples)" in run_.text

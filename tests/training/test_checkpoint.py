@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -296,6 +297,34 @@ def test_another_run_is_refused(checkpoints: CheckpointFolder, engine: Engine) -
     (folder / STATE_FILE).unlink()
     with pytest.raises(CheckpointError, match="no complete checkpoint"):
         read_checkpoint(folder, RUN)
+
+
+def test_a_folder_with_a_name_of_its_own_is_no_newest_checkpoint(checkpoints: CheckpointFolder, engine: Engine) -> None:
+    newest = checkpoints.save(engine, TrainState(step=5))
+    shutil.copytree(newest, newest.with_name("step-best"))
+    assert checkpoints.newest_valid() == newest and checkpoints.complete() == [newest]
+
+
+def test_a_broken_line_of_metrics_is_left_out_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    writer = MetricsWriter(tmp_path)
+    for step in (1, 2, 3):
+        writer.write("train", step=step, loss=0.5)
+    first, second, third = writer.path.read_text().splitlines()
+    writer.path.write_text(f"{first}\n{second[:9]}\n{third}\n")
+    writer.rewind(3)
+    assert writer.path.read_text() == f"{first}\n{third}\n"
+    assert "line 2 cannot be read" in caplog.text
+
+
+def test_metrics_wait_for_a_full_disk(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    writer = MetricsWriter(tmp_path)
+    writer.path.symlink_to("/dev/full")
+    writer.write("train", step=1)
+    writer.write("train", step=2)
+    assert caplog.text.count("metrics wait for room on the disk") == 1
+    writer.path.unlink()
+    writer.write("train", step=3)
+    assert [json.loads(line)["step"] for line in writer.path.read_text().splitlines()] == [1, 2, 3]
 
 
 def test_metrics_are_taken_back_to_the_checkpoint(tmp_path: Path) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from coconut.training.checkpoint import SPARE_BYTES
+from launch.prepare_models import ensure_model
 from tests.training.ranks import Run, run, start
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
@@ -54,10 +57,42 @@ def test_a_disk_that_fills_up_costs_checkpoints_but_no_valid_one(home: Path, sma
     assert full.finish() == [2]  # the checkpoint of the stage's end cannot be left out
     assert "training goes on without a checkpoint: " in full.text and "are free; remove something" in full.text
     assert "error: " in full.text and "Traceback" not in full.text
-    (small_disk / "full" / "stage_0" / "model.safetensors").unlink()  # a person makes room
+    shutil.rmtree(min((small_disk / "full" / "checkpoints").glob("step-*")))  # a person makes room
     again = run(home, "full", *options, "max_checkpoints=1", ranks=1)
     assert "going on from " in again.text
     assert (small_disk / "full" / "stage_0" / "done.json").is_file()
+
+
+def test_a_disk_too_full_for_a_model_costs_no_step(home: Path, small_disk: Path) -> None:
+    ensure_model(home / "larger", seed=0, size=112, layers=6, force=False)  # than what a checkpoint leaves to spare
+    options = (f"save_path={small_disk}", "stop_after_stage=0", f"model_id={home / 'larger'}")
+    unseen = ("val_data_path=null", "advance_at=null", "stages.0.advance_at=null", "stages.last.advance_at=null")
+    folder, filler = small_disk / "room", small_disk / "filler"
+    run(home, "room", *options, *unseen, ranks=1)
+    parts = [[f.stat().st_size for f in (folder / n).rglob("*") if f.is_file()] for n in ("checkpoints", "stage_0")]
+    checkpoint, model = map(sum, parts)
+    before = (folder / "stage_0" / "model.safetensors").read_bytes()
+    shutil.rmtree(folder)
+
+    def leave(n_bytes: int) -> None:
+        filler.unlink(missing_ok=True)
+        filler.write_bytes(bytes(shutil.disk_usage(small_disk).free - n_bytes))
+
+    leave(model // 2)
+    full = start(home, "best", *options, "eval_every_n_steps=3", ranks=1)
+    assert full.finish() == [2]
+    assert "training goes on without its best model so far: " in full.text and "Traceback" not in full.text
+
+    leave(checkpoint + SPARE_BYTES)
+    full = start(home, "room", *options, *unseen, ranks=1)
+    assert full.finish() == [2]
+    assert "stage_0 could not be written (" in full.text and "Traceback" not in full.text
+    filler.unlink()
+    again = run(home, "room", *options, *unseen, ranks=1)
+    assert (folder / "stage_0" / "done.json").is_file()
+    assert (folder / "stage_0" / "model.safetensors").read_bytes() == before
+    # Once in the run that was measured, once in the start that found no room, and not again.
+    assert again.text.count(" step 1/") == 2
 
 
 def test_offloaded_state_goes_on_where_it_was(home: Path) -> None:

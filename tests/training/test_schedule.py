@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,6 +63,15 @@ def test_a_plateau_ends_a_stage_after_its_least_steps_and_goes_on_where_it_was()
     # No gain over 0.5 in steps 2 to 5: 0.58 is the second such validation, but the least steps are not done before 5.
     assert ends == [False, False, False, False, True, False, False]
     assert (state.best_score, state.best_step, state.validations_without_gain) == (0.72, 6, 1)
+
+
+def test_a_validation_that_is_nan_is_no_gain_and_hides_none_after_it() -> None:
+    state = TrainState(step=1)
+    assert not state.judge(score(0.0, loss=math.nan), "loss", 0.0)
+    assert (state.best_score, state.validations_without_gain) == (None, 1)
+    assert state.judge(score(0.1, loss=9.0), "loss", 0.0)
+    assert (state.best_score, state.validations_without_gain) == (-9.0, 0)
+    assert not state.judge(score(0.0, loss=math.nan), "loss", 0.0) and state.best_score == -9.0
 
 
 def test_least_loss_is_best_and_a_target_ends_a_stage_at_once() -> None:
