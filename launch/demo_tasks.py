@@ -90,13 +90,14 @@ class ProsQA(Task):
     thoughts = 4
     step_tokens = 6
     max_new_tokens = 64
-    nodes = 10
-    sizes = (("train", 20_000), ("val", 500), ("test", 1000))
+    nodes = 8
+    names = 12
+    sizes = (("train", 10_000), ("val", 500), ("test", 1000))
 
     def data_commands(self, root: Path) -> Iterator[Words]:
         for split, size in self.sizes:
             if not (root / self.data / f"{split}.json").exists():
-                drawn = ("--generate", "--nodes", self.nodes, "--size", size, "--split", split)
+                drawn = ("--generate", "--nodes", self.nodes, "--names", self.names, "--size", size, "--split", split)
                 yield ("launch/prepare_data.py", "prosqa", *drawn, "--out", self.data)
 
     def model_command(self, folder: Path, layers: int, seed: int) -> Words:

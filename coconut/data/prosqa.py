@@ -88,19 +88,32 @@ CONCEPTS = (
 Edge = tuple[int, int]  # from a node to one of its kinds
 
 
-def generate(split: str, size: int, seed: int, n_nodes: int = N_NODES) -> Iterator[dict[str, Any]]:
+def generate(
+    split: str, size: int, seed: int, n_nodes: int = N_NODES, n_names: int | None = None
+) -> Iterator[dict[str, Any]]:
     """The records of a split, each a function of (seed, split, its number) alone.
+
+    Args:
+        split: its name.
+        size: records.
+        seed: of all.
+        n_nodes: nodes of a graph.
+        n_names: only so many concepts, and half as many entities, are ever named; None is all. A model that is trained
+            from scratch learns sooner to tell few names apart.
 
     Raises:
         DataError: a size or number of nodes that cannot be met.
     """
     if size < 1:
         raise DataError(f"{size} problems in {split}; ask for at least 1")
-    if not 8 <= n_nodes <= len(CONCEPTS):
-        raise DataError(f"{n_nodes} nodes; a problem has 8 to {len(CONCEPTS)}, there are no more names")
+    n_names = len(CONCEPTS) if n_names is None else n_names
+    if not 8 <= n_nodes <= n_names <= len(CONCEPTS):
+        most = f"a problem has 8 to {len(CONCEPTS)} nodes, and no fewer names"
+        raise DataError(f"{n_nodes} nodes and {n_names} names; {most}")
+    names = ENTITIES[: (n_names + 1) // 2], CONCEPTS[:n_names]
     for number in range(size):
         digest = hashlib.sha256(f"prosqa\0{seed}\0{split}\0{number}".encode()).digest()
-        yield draw_problem(np.random.default_rng(int.from_bytes(digest[:16], "big")), n_nodes)
+        yield draw_problem(np.random.default_rng(int.from_bytes(digest[:16], "big")), n_nodes, *names)
 
 
 def grow_graph(rng: np.random.Generator, n_nodes: int) -> tuple[list[Edge], list[int]]:
@@ -128,7 +141,12 @@ def grow_graph(rng: np.random.Generator, n_nodes: int) -> tuple[list[Edge], list
     return edges, labels
 
 
-def draw_problem(rng: np.random.Generator, n_nodes: int) -> dict[str, Any]:
+def draw_problem(
+    rng: np.random.Generator,
+    n_nodes: int,
+    entities: tuple[str, ...] = ENTITIES,
+    concepts: tuple[str, ...] = CONCEPTS,
+) -> dict[str, Any]:
     """One problem with the fields of the public files: question, steps, answer, idx_to_symbol, edges, root, target,
     neg_target."""
     while True:
@@ -137,11 +155,12 @@ def draw_problem(rng: np.random.Generator, n_nodes: int) -> dict[str, Any]:
         far = [node for node, path in paths.items() if labels[node] == 1 and len(path) > MIN_STEPS]
         wrong = [node for node in range(2, n_nodes) if labels[node] == 2]
         n_roots = n_nodes - len({end for _, end in edges})
-        if far and wrong and n_roots <= len(ENTITIES):
+        if far and wrong and n_roots <= len(entities):
             break
     target, neg_target = int(rng.choice(far)), int(rng.choice(wrong))
-    names = _name_nodes(rng, edges, n_nodes)
     kinds = {end for _, end in edges}
+    drawn = iter(rng.permutation(entities)), iter(rng.permutation(concepts))
+    names = [str(next(drawn[node in kinds])) for node in range(n_nodes)]
     said = [_statement(names, edge, kinds) for edge in edges]
     either = [names[target], names[neg_target]]
     rng.shuffle(said)
@@ -176,12 +195,6 @@ def shortest_paths(edges: list[Edge], root: int) -> dict[int, list[int]]:
 def closing_question(question: str) -> str:
     """``Is Tom a lempus or scrompus?`` of a whole question: all that is asked where a picture shows the graph."""
     return question.rpartition(". ")[2]
-
-
-def _name_nodes(rng: np.random.Generator, edges: list[Edge], n_nodes: int) -> list[str]:
-    kinds = {end for _, end in edges}
-    entities, concepts = iter(rng.permutation(ENTITIES)), iter(rng.permutation(CONCEPTS))
-    return [str(next(concepts) if node in kinds else next(entities)) for node in range(n_nodes)]
 
 
 def _statement(names: list[str], edge: Edge, kinds: set[int]) -> str:

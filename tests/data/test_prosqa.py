@@ -8,7 +8,7 @@ import itertools
 import pytest
 from PIL import Image
 
-from coconut.data.prosqa import MIN_STEPS, closing_question, generate, shortest_paths
+from coconut.data.prosqa import CONCEPTS, ENTITIES, MIN_STEPS, closing_question, generate, shortest_paths
 from coconut.data.prosqa_picture import draw_graph
 from coconut.types import DataError
 
@@ -63,5 +63,14 @@ def test_pictures_are_the_same_bytes_and_show_every_node(records) -> None:
 
 @pytest.mark.parametrize(("size", "nodes"), [(0, 23), (1, 7), (1, 99)])
 def test_what_cannot_be_made_is_said(size: int, nodes: int) -> None:
-    with pytest.raises(DataError, match=r"ask for at least 1|a problem has 8 to"):
+    with pytest.raises(DataError, match=r"ask for at least 1|a problem has 8 to 40 nodes"):
         list(generate("train", size, 0, nodes))
+
+
+def test_few_names_are_used_where_few_are_asked_for() -> None:
+    few = list(generate("train", 40, seed=0, n_nodes=8, n_names=12))
+    used = {name for record in few for name in record["idx_to_symbol"]}
+    assert used <= set(CONCEPTS[:12]) | set(ENTITIES[:6])
+    assert len(used) > 12
+    with pytest.raises(DataError, match="12 nodes and 10 names"):
+        next(generate("train", 1, seed=0, n_nodes=12, n_names=10))
