@@ -86,7 +86,7 @@ class ProsQA(Task):
     config = "args/prosqa_small.yaml"
     data = Path("data/prosqa_small")
     tests = (data / "test.json",)
-    layers = 3
+    layers = 2
     thoughts = 4
     step_tokens = 6
     max_new_tokens = 64
