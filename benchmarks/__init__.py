@@ -1,1 +1,1 @@
-"""What the latent engine costs, each figure a ratio measured in one run; see README.md in this folder."""
+"""What the latent engine costs, each figure a ratio measured in one run; docs/benchmarks.md holds what was measured."""

@@ -59,7 +59,8 @@ make_venv() {
   fi
   rm -rf "$VENV" # made by a Python that is gone, or too old
   if command -v uv >/dev/null; then
-    uv venv --quiet --python '>=3.11' "$VENV" && return 0
+    # --seed: with a pip, or a user's `pip install tensorboard` would go elsewhere.
+    uv venv --quiet --seed --python '>=3.11' "$VENV" && return 0
     say "uv could not make the environment; trying python3 -m venv"
   fi
   local python

@@ -4,8 +4,8 @@
     run runs/mine
     last 4
     done 0 1
-    step 1250
     resume auto
+    step 1250
 
 `done` names the finished stages, `step` the newest checkpoint's. Reads no data, loads no model, writes nothing. What is
 wrong with the configuration is an error here; paths are not looked at: the run's first start may make data and model.
