@@ -11,13 +11,16 @@ what --tiles, --text and --labels say. Exit code 1 where a rank needs more than 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that the script runs from a clone that is not installed
 
 from coconut.config import Config, load_config
+from coconut.config.faults import raise_faults
 from coconut.types import CoconutError, ConfigError
 
 
@@ -51,16 +54,25 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.deepspeed:
         overrides.append(f"deepspeed={arguments.deepspeed}")
     try:
-        for name in ("ranks", "text", "labels"):
-            if getattr(arguments, name) < 1:
-                raise ConfigError(f"--{name} is {getattr(arguments, name)}; give a number of at least 1")
-        if arguments.labels > arguments.text:
-            raise ConfigError(f"--labels is {arguments.labels}; they are part of --text, {arguments.text}")
+        check_arguments(arguments)
         config = load_config(arguments.config, validate=arguments.model is None, overrides=overrides)
+        raise_faults(config.faults, config.origins)  # those that loading let pass for a published shape
         return plan(config, arguments)
     except (CoconutError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def check_arguments(arguments: argparse.Namespace) -> None:
+    """Raises: ConfigError: a number that cannot be planned with."""
+    for name, least in (("ranks", 1), ("text", 1), ("labels", 1), ("tiles", 0)):
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            raise ConfigError(f"--{name} is {value}; give a number of at least {least}")
+    if not 0 < arguments.memory < math.inf:
+        raise ConfigError(f"--memory is {arguments.memory:g}; give the GB of a GPU, a number above 0 such as 80")
+    if arguments.labels > arguments.text:
+        raise ConfigError(f"--labels is {arguments.labels}; they are part of --text, {arguments.text}")
 
 
 def plan(config: Config, arguments: argparse.Namespace) -> int:
@@ -69,13 +81,14 @@ def plan(config: Config, arguments: argparse.Namespace) -> int:
     import torch
 
     from coconut.config.deepspeed import batch_geometry, resolve_ds_config
+    from coconut.model.adapters import LoraSettings
+    from coconut.training.batches import stage_batch
     from coconut.training.plan_data import assumed_data_shape, read_data_shape
     from coconut.training.preview import open_preview
     from coconut.training.run_plan import PlannedModel, ZeroSettings, plan_text, plan_work
     from coconut.training.simulation import outline_model
-    from coconut.training.stages import StageManager
 
-    ranks, geometry = arguments.ranks, batch_geometry(config, arguments.ranks)
+    ranks, checkpointing = arguments.ranks, config.gradient_checkpointing
     if arguments.model is None:
         opened = open_preview(config)
         hf_config, data = opened.model_config, read_data_shape(opened, ranks)
@@ -83,26 +96,25 @@ def plan(config: Config, arguments: argparse.Namespace) -> int:
         from coconut.model.presets import preset_config
 
         hf_config = preset_config(arguments.model)
-        stages = StageManager.from_config(config)
-        latents = max(stages.spec(stage).n_latents for stage in stages.stages)
         tiles = arguments.tiles
         if tiles is None:
             tiles = config.max_num_patches + config.use_thumbnail if config.dynamic_preprocess else 1
         columns = hf_config.image_seq_length * tiles + arguments.text
-        data = assumed_data_shape(geometry, columns, arguments.labels, tiles, latents)
-    model = outline_model(hf_config)
-    resolved = resolve_ds_config(config, world_size=ranks, hidden_size=model.hidden_size)
+        data = assumed_data_shape(config, ranks, columns=columns, labels=arguments.labels, tiles=tiles)
+    model = outline_model(hf_config, config.freeze, LoraSettings.from_config(config))
+    geometry = batch_geometry(stage_batch(config, data.stages[0].stage), ranks)
+    resolved = resolve_ds_config(config, world_size=ranks, hidden_size=model.hidden_size, geometry=geometry)
     zero = ZeroSettings.from_ds_config(resolved)
     planned = PlannedModel(
         model,
-        data.largest,
+        *(stage.largest for stage in data.stages),
         dtype=getattr(torch, config.dtype),
-        checkpointing=config.gradient_checkpointing,
+        checkpointing=checkpointing,
         on_cpu=arguments.cpu,
     )
     memory = planned.memory(ranks, zero)
-    work = plan_work(hf_config, geometry.samples, data, checkpointing=config.gradient_checkpointing)
-    print(plan_text(model, memory, work, data, ranks, zero, arguments.memory))
+    work = partial(plan_work, hf_config, checkpointing=checkpointing)
+    print(plan_text(model, memory, data, ranks, zero, arguments.memory, work))
     return 0 if memory.total <= arguments.memory * 1e9 else 1
 
 

@@ -8,6 +8,7 @@ evaluations of one name                 -> Method      "Coconut": test, images s
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,6 +25,8 @@ METRICS_FILE = "metrics.jsonl"
 CONFIG_FILE = "config.yaml"
 #: A file with "floors" beside the data is small; anything larger is data.
 _MAX_FACTS_BYTES = 1_000_000
+#: Where a run that starts anew in the same folder moves what was there (`coconut.training.run_folder.set_aside`).
+_SET_ASIDE = re.compile(r"old-\d+")
 _METHOD_NAMES = {
     "coconut": "Coconut",
     "cot": "CoT",
@@ -190,13 +193,20 @@ def name_stages(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
 
 
 def find_runs(folder: Path) -> list[Path]:
-    """Run folders at or anywhere below a folder, by name."""
-    return sorted(path.parent for path in folder.rglob(METRICS_FILE))
+    """Run folders at or anywhere below a folder, by name; without those that a restart has moved aside."""
+    return sorted(path.parent for path in folder.rglob(METRICS_FILE) if not _is_set_aside(path.parent, folder))
 
 
 def find_evaluations(folder: Path) -> list[Path]:
-    """Evaluation folders at or anywhere below a folder, by name."""
-    return sorted(path.parent for path in folder.rglob(SUMMARY_FILE) if (path.parent / PREDICTIONS_FILE).is_file())
+    """Evaluation folders at or anywhere below a folder, by name; without those of models moved aside."""
+    found = (path.parent for path in folder.rglob(SUMMARY_FILE) if (path.parent / PREDICTIONS_FILE).is_file())
+    return sorted(path for path in found if not _is_set_aside(path, folder))
+
+
+def _is_set_aside(path: Path, asked_for: Path) -> bool:
+    """Whether `path` lies in RUN/old-N of a run folder, unless that is what was asked for."""
+    between = [other for other in (path, *path.parents) if other != asked_for and other.is_relative_to(asked_for)]
+    return any(_SET_ASIDE.fullmatch(other.name) and (other.parent / CONFIG_FILE).is_file() for other in between)
 
 
 def group_methods(evaluations: Sequence[Evaluation]) -> list[Method]:

@@ -13,7 +13,7 @@ Shapes: B rows, L columns, H hidden size, P image tiles, N label tokens.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from coconut.model import MultimodalCoconut
+from coconut.model.adapters import LoraSettings, choose_trained
 from coconut.model.loading import build_outline
 from coconut.model.loss import chunked_loss, n_chunks
 from coconut.model.spans import cut_into_passes
@@ -67,13 +68,14 @@ class _Watch(TorchDispatchMode):
         self.live = live
         self.sizes: dict[int, tuple[str, int]] = {}  # of living storages, by their address
         self.known: set[int] = set()  # storages that were there before
-        self.weight_shapes: set[tuple[int, ...]] = set()  # of matrices, and of what their gradients are made from
+        self.weight_shapes: set[tuple[int, ...]] = set()  # of trained matrices, and of what gradients are made from
         self.is_backward = False
 
     def ignore(self, module: nn.Module) -> None:
         """Weights and buffers are counted by whoever holds them."""
         self.known |= {t.untyped_storage()._cdata for t in (*module.parameters(), *module.buffers())}
-        shapes = [tuple(parameter.shape) for parameter in module.parameters() if parameter.dim() > 1]
+        trained = (parameter for parameter in module.parameters() if parameter.requires_grad)
+        shapes = [tuple(parameter.shape) for parameter in trained if parameter.dim() > 1]
         self.weight_shapes = {*shapes, *(shape[::-1] for shape in shapes)}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -139,11 +141,17 @@ def _fused_attention(
     return _FusedAttention.apply(query, key, value, attn_mask)
 
 
-def outline_model(hf_config: Any) -> MultimodalCoconut:
-    """A model of transformers' configuration `hf_config` to simulate with: shapes without values, in float32."""
+def outline_model(hf_config: Any, freeze: Sequence[str] = (), lora: LoraSettings | None = None) -> MultimodalCoconut:
+    """A model of transformers' configuration `hf_config` to simulate with: shapes without values, in float32.
+
+    Raises:
+        ConfigError: this model cannot be frozen so, or take such adapters.
+    """
     base_model = build_outline(hf_config)
     with torch.device("meta"):
-        return MultimodalCoconut(base_model, 0, 1, 2, 3).train()
+        model = MultimodalCoconut(base_model, 0, 1, 2, 3)
+        choose_trained(model, freeze, lora, seed=0)
+        return model.train()
 
 
 def simulate(

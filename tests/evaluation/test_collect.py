@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from coconut.evaluation import collect
+from coconut.training.run_folder import set_aside
 from coconut.types import DataError
 
 from .conftest import COCONUT, COT, NO_COT, Maze
@@ -74,6 +75,22 @@ def test_stages_of_a_run_are_bands_that_touch(tmp_path: Path, write_run: Write) 
     assert run.stage_bounds == [(0, 0, 60), (1, 60, 120)]
     assert run.name == "Coconut"
     assert collect.read_run(write_run(tmp_path / "other", config="- nothing")).name == "other"
+
+
+def test_a_run_that_was_moved_aside_is_no_other_run_unless_it_is_asked_for(
+    tmp_path: Path, write_run: Write, write_evaluation: Write
+) -> None:
+    run, own_name = write_run(tmp_path / "run"), write_run(tmp_path / "old-1")
+    write_evaluation(run / "stage_4" / "test", COCONUT, [True])
+    metrics = (run / "metrics.jsonl").read_text()
+    old = set_aside(run, ("metrics.jsonl", "stage_*"))
+    assert old is not None
+    (run / "metrics.jsonl").write_text(metrics)
+    again = write_evaluation(run / "stage_4" / "test", COCONUT, [False])
+    assert collect.find_runs(tmp_path) == [own_name, run]  # a folder may be called so outside of a run
+    assert collect.find_runs(run) == [run] and collect.find_runs(old) == [old]
+    assert collect.find_evaluations(tmp_path) == collect.find_evaluations(run) == [again]
+    assert collect.find_evaluations(old) == [old / "stage_4" / "test"]
 
 
 def test_a_line_that_is_being_written_is_left_out_and_a_broken_one_is_named(tmp_path: Path, write_run: Write) -> None:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import Qwen2Config
 
-from coconut.config import ConfigError
+from coconut.config import Config, ConfigError
+from coconut.model.adapters import LoraSettings, choose_trained
 from coconut.model.presets import PRESETS, preset_config
-from coconut.training.plan_data import DataShape
+from coconut.training.plan_data import StageShape, assumed_data_shape
 from coconut.training.run_plan import MemoryPlan, PlannedModel, ZeroSettings, count_parameters, plan_work
 from coconut.training.simulation import BatchShape, outline_model, simulate, simulate_deep
 from tests.model.reference import batch_rows, make_row, tiny_text, wrap
 
 ROWS = BatchShape(rows=3, columns=64, labels=30, latents=3)
+LORA = LoraSettings(rank=4, alpha=8.0)
 
 
 def decoder(**sizes: int) -> Qwen2Config:
@@ -140,17 +144,78 @@ def test_the_backward_of_several_passes_holds_the_decoder_whole_also_where_layer
     assert (plan.parts["gathered weights"] > 0.8 * 4 * n) is is_whole
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(("freeze", "lora"), [(["language"], None), ([], LORA)])
+def test_only_what_is_trained_has_gradients_and_optimizer_state(
+    stage: int, freeze: list[str], lora: LoraSettings | None
+) -> None:
+    sizes = dict(num_hidden_layers=2, hidden_size=256, intermediate_size=1024)
+    zero = ZeroSettings(stage=stage, reduce_bucket=1000, max_live=1000, persistent=0)
+    whole, part = (
+        PlannedModel(model, BatchShape(1, 8, 2), dtype=torch.bfloat16, checkpointing=False)
+        for model in (outline_model(decoder(**sizes)), outline_model(decoder(**sizes), freeze, lora))
+    )
+    n, trained = count_parameters(part.model), count_parameters(part.model, trained=True)
+    assert trained < 0.2 * n
+    everything, plan = whole.memory(4, zero), part.memory(4, zero)
+    weights = -(-n // 4) if stage == 3 else n
+    assert plan.parts["weights"] == 2 * weights
+    share = -(-trained // 4) if stage else trained
+    assert plan.parts["optimizer"] in (12 * share, 16 * share)  # the latter in the step
+    assert plan.parts["gradients"] < 0.5 * everything.parts["gradients"]
+    host = part.memory(4, replace(zero, offload_optimizer=True, offload_param=stage == 3)).host
+    assert host == 16 * share + 2 * weights * (stage == 3)
+
+
+@pytest.mark.parametrize("freeze", [[], ["language"], ["embeddings"]])
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_the_plan_trains_what_training_trains(freeze: list[str], lora: LoraSettings | None) -> None:
+    model = wrap(tiny_text("qwen2"))
+    choose_trained(model, freeze, lora, seed=0)
+    outline = outline_model(model.base_model.config, freeze, lora)
+    assert count_parameters(outline) == count_parameters(model)
+    assert count_parameters(outline, trained=True) == count_parameters(model, trained=True)
+    assert all(parameter.is_meta for parameter in outline.parameters())
+
+
+def test_memory_is_that_of_the_stage_that_needs_most() -> None:
+    """Also where that is the first one, which has no thoughts: here its batch is larger."""
+    first, middle, last = BatchShape(8, 64, 80), BatchShape(1, 64, 10, 1), BatchShape(1, 66, 10, 2)
+    settings = dict(dtype=torch.float32, checkpointing=False)
+    all_of_them = PlannedModel(outline_model(decoder()), last, middle, first, **settings)
+    assert set(all_of_them.shapes) == {first, last}  # the middle one is not worth the time
+    plans = [PlannedModel(outline_model(decoder()), s, **settings).memory(1, ZeroSettings()) for s in (first, last)]
+    assert plans[0].total > plans[1].total
+    found = all_of_them.memory(1, ZeroSettings())
+    assert found.total == plans[0].total and found.batch == first
+
+
+def test_stages_have_their_own_batches_and_thoughts() -> None:
+    own = {0: {"batch_size_training": 8}, 1: {"gradient_accumulation_steps": 4}}
+    settings = {"batch_size_training": 2, "max_latent_stage": 2, "c_thought": 2, "num_epochs": None, "stages": own}
+    config = Config({**settings, "uniform_prob": 0.0})
+    data = assumed_data_shape(config, 3, columns=50, labels=10, tiles=1)
+    seen = [(s.stage, s.largest.rows, s.largest.latents, s.step_samples) for s in data.stages]
+    assert seen == [(0, 8, 0, 24), (1, 2, 2, 24), (2, 2, 4, 6)]
+    assert data.stages[0].largest == BatchShape(8, 50, 80, 0, 8)
+    assert [[s.stage for s in group] for group in data.alike()] == [[0, 1], [2]]
+    mixed = assumed_data_shape(Config({**settings, "uniform_prob": 0.1}), 3, columns=50, labels=10, tiles=1)
+    assert [s.largest.latents for s in mixed.stages] == [4, 4, 4]  # a sample of any stage may come
+
+
 def test_a_step_s_work_is_that_of_its_tokens() -> None:
-    data = DataShape(BatchShape(1, 20, 4, 2), tokens=18.0, tiles=0.0, labels=4.0, samples=64, steps=8, source="")
-    one, two = (plan_work(decoder(), samples, data, checkpointing=False) for samples in (8, 16))
+    data = StageShape(0, 8, BatchShape(1, 20, 4, 2), tokens=18.0, tiles=0.0, labels=4.0)
+    one, two = (plan_work(decoder(), replace(data, step_samples=n), checkpointing=False) for n in (8, 16))
     assert one.tokens == 160 and two.tokens == 320
     assert two.flops == pytest.approx(2 * one.flops)
-    assert plan_work(decoder(), 8, data, checkpointing=True).flops == pytest.approx(one.flops * 4 / 3)
+    assert plan_work(decoder(), data, checkpointing=True).flops == pytest.approx(one.flops * 4 / 3)
 
 
-def test_simulated_activations_are_those_that_a_real_forward_saves() -> None:
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_simulated_activations_are_those_that_a_real_forward_saves(lora: LoraSettings | None) -> None:
     """Against the tensors that autograd keeps for a real backward of the same model and batch."""
     model = wrap(tiny_text("qwen2"))
+    choose_trained(model, [], lora, seed=0)
     generator = torch.Generator().manual_seed(0)
     batch = batch_rows([make_row(generator, 0, words=20, target=6) for _ in range(2)])
     saved: dict[int, int] = {}
@@ -163,7 +228,7 @@ def test_simulated_activations_are_those_that_a_real_forward_saves() -> None:
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         model(**batch, loss_only=True).loss  # noqa: B018
     real = sum(n_bytes for address, n_bytes in saved.items() if address not in weights)
-    outline = outline_model(model.base_model.config)
+    outline = outline_model(model.base_model.config, [], lora)
     rows, columns = batch["input_ids"].shape
     labels = int((batch["labels"][:, 1:] != -100).sum())
     live = simulate(outline, BatchShape(rows, columns, labels), lambda parameter: False)
