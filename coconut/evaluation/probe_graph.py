@@ -107,8 +107,10 @@ def frontier(study: Study, limit: int) -> dict[str, Any] | None:
     if not rows:
         return None
     # Wide graphs have something to choose from: those with the most nodes in reach.
-    widest = sorted(seen[max(seen)], key=lambda i: (-len(set().union(*known[i].layers())), i))[:2]
-    examples = [_example(study.samples[i], known[i], {k: found[i] for k, found in seen.items()}) for i in widest]
+    widest = sorted(seen[1], key=lambda i: (-len(set().union(*known[i].layers())), i))[:2]
+    examples = [
+        _example(study.samples[i], known[i], {k: found[i] for k, found in seen.items() if i in found}) for i in widest
+    ]
     return {"n": len(known), "rows": rows, "examples": examples}
 
 

@@ -93,6 +93,7 @@ def test_each_node_is_counted_once(samples: list[Sample], checkpoint: Path) -> N
         assert row["n"] == sum(len(s.steps) > row["thoughts"] for s in samples)
         assert 0 < row["path"] + row["level"] + row["other"] < 1
         assert row["best_on_path"] <= row["best_on_level"]
+    assert len(found["examples"]) == 2
     for example in found["examples"]:
         assert draw_frontier(example, LIGHT_WIDE)[:4] == b"\x89PNG"
 
