@@ -257,7 +257,7 @@ def _frontier_table(numbers: dict[str, Any]) -> dict[str, Any] | None:
     names = ("path", "level", "other", "best_on_path", "best_on_level")
     body = [
         {
-            "name": f"after {row['thoughts']} thought{'s' if row['thoughts'] > 1 else ''}, {row['n']:,} questions",
+            "name": f"after {row['thoughts']} thought{'s' if row['thoughts'] > 1 else ''}, {row['n']:,} question{'s' if row['n'] != 1 else ''}",
             "cells": [{"value": f"{row['reached']:.1f}", "shade": 0}, *(_share({"mean": row[name]}) for name in names)],
         }
         for row in frontier["rows"]
