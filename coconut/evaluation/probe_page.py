@@ -257,7 +257,7 @@ def _frontier_table(numbers: dict[str, Any]) -> dict[str, Any] | None:
     names = ("path", "level", "other", "best_on_path", "best_on_level")
     body = [
         {
-            "name": f"after {row['thoughts']} thought{'s' if row['thoughts'] > 1 else ''}, {row['n']:,} question{'s' if row['n'] != 1 else ''}",
+            "name": f"after {_several(row['thoughts'], 'thought')}, {_several(row['n'], 'question')}",
             "cells": [{"value": f"{row['reached']:.1f}", "shade": 0}, *(_share({"mean": row[name]}) for name in names)],
         }
         for row in frontier["rows"]
@@ -353,6 +353,10 @@ def _notes(numbers: dict[str, Any]) -> list[str]:
 def _share(value: dict[str, float]) -> dict[str, Any]:
     note = f"95 % interval {100 * value['low']:.1f} – {100 * value['high']:.1f}" if "low" in value else ""
     return {"value": percent(value["mean"]), "shade": round(value["mean"], 3), "note": note}
+
+
+def _several(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _signed(value: float) -> str:
