@@ -20,7 +20,7 @@ logger = get_logger(__name__)
 #: What a run keeps from its first step to its last; a checkpoint written with other values is of another run.
 FIXED_SETTINGS = (
     "seed", "method", "c_thought", "max_latent_stage", "pad_latent_to_max", "model_id", "load_model_path",
-    "train_data_path", "max_train_samples", "samples_per_epoch", "max_length", "balance", "image_size",
+    "train_data_path", "max_train_samples", "samples_per_epoch", "balance", "image_size",
     "max_num_patches", "use_thumbnail", "dynamic_preprocess", "prompt_format", "bf16", "fp16", "latent_feedback",
     "latent_passes",
     "jacobi_iterations", "auxiliary_losses", "icot_tokens", "icot_smoothing", "start_stage",

@@ -28,7 +28,7 @@ def begun(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "change", [{"uniform_prob": 0.9}, {"max_length": 99}, {"stages": {"last": {"uniform_prob": 0.5}}}, {"c_thought": 3}]
+    "change", [{"uniform_prob": 0.9}, {"stages": {"last": {"uniform_prob": 0.5}}}, {"c_thought": 3}]
 )
 def test_what_decides_which_texts_are_trained_makes_a_run(begun: Path, change: dict[str, object]) -> None:
     assert fixed_settings(config(begun)) != fixed_settings(config(begun, **change))
@@ -45,11 +45,13 @@ def test_a_stage_that_is_done_is_not_taken_for_another_runs(begun: Path) -> None
 
 
 def test_settings_that_may_change_are_named(begun: Path, caplog: pytest.LogCaptureFixture) -> None:
-    now = config(begun, stop_after_stage=2, learning_rate=0.3)
+    # max_length too: a sample that is too long is an error that says to raise it.
+    now = config(begun, stop_after_stage=2, learning_rate=0.3, max_length=99)
     check_same_run(now)
     with caplog.at_level("INFO"):
         say_changes(now.run_dir, now)
-    assert "learning_rate was 1e-05 and is 0.3" in caplog.text and "stop_after_stage" not in caplog.text
+    assert "learning_rate was 1e-05 and is 0.3" in caplog.text and "max_length was None and is 99" in caplog.text
+    assert "stop_after_stage" not in caplog.text
 
 
 def test_the_watchdog_speaks_before_a_collective_gives_up() -> None:
