@@ -34,6 +34,7 @@ from transformers import (
 from coconut.types import SPECIAL_TOKENS, ConfigError
 
 PAD_TOKEN, EOS_TOKEN, UNK_TOKEN = "<pad>", "<eos>", "<unk>"
+MOST_POSITIONS = 1024  # where the tokenizer was not told a limit: transformers then says 1e30
 FAMILIES = ("gpt2", "llama", "qwen2")
 IMAGE_TOKENS = ("<img>", "<IMG_CONTEXT>", "</img>")  # InternVL's own spelling: begin, one a visual token, end
 
@@ -241,7 +242,7 @@ def _text_settings(tokenizer: PreTrainedTokenizerBase, initializer_range: float)
     """What the text configurations share."""
     return {
         "vocab_size": len(tokenizer),
-        "max_position_embeddings": tokenizer.model_max_length,
+        "max_position_embeddings": min(tokenizer.model_max_length, MOST_POSITIONS),
         "initializer_range": initializer_range,
         "tie_word_embeddings": True,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
