@@ -288,6 +288,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--methods", nargs="*", choices=sorted(OTHER_METHODS), metavar="METHOD", default=(), help=also)
     parser.add_argument("--setup-seconds", type=float, default=0.0, help=argparse.SUPPRESS)  # demo.sh measures it
     arguments = parser.parse_args(argv)
+    if not (ROOT / arguments.deepspeed).is_file():
+        choices = ", ".join(sorted(path.name for path in (ROOT / "ds_configs").glob("*.json")))
+        parser.error(f"--deepspeed {arguments.deepspeed} is no file; ds_configs/ has {choices}")
     task = TASKS[arguments.task]
     default = ROOT / "runs" / f"{task.name}{'_quick' if arguments.quick else ''}" / f"seed_{arguments.seed}"
     out = (arguments.out or default).resolve()

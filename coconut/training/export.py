@@ -40,8 +40,9 @@ def _write(model: MultimodalCoconut, weights: dict[str, Tensor], processors: lis
             processor.save_pretrained(partial)
         replace_folder(partial, final)
     except (OSError, SafetensorError) as error:
+        said = next(iter(str(error).splitlines()), type(error).__name__)
         shutil.rmtree(partial, ignore_errors=True)
-        text = f"{final} could not be written ({str(error).splitlines()[0]}). Checkpoints are untouched"
+        text = f"{final} could not be written ({said}). Checkpoints are untouched"
         raise CheckpointError(f"{text}: make room, and the same command goes on from the last of them") from error
 
 

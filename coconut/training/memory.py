@@ -80,7 +80,5 @@ def remedies(config: Any, batch: Batch | None = None) -> list[str]:
     if not (config.bf16 or config.fp16):
         found.append(f"bf16=true, where the device has it: halves weights, gradients and activations; {_NEW_RUN}")
     if config.max_num_patches > 1:
-        found.append(
-            f"a smaller max_num_patches (now {config.max_num_patches}), or max_length: fewer columns; {_NEW_RUN}"
-        )
+        found.append(f"a smaller max_num_patches (now {config.max_num_patches}): fewer columns; {_NEW_RUN}")
     return found

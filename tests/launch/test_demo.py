@@ -158,8 +158,16 @@ def test_a_folder_belongs_to_one_seed_at_one_length(start, capsys):
         assert "give another --out" in capsys.readouterr().err
 
 
+def test_an_engine_that_is_not_there_is_refused_before_anything_is_made(start, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        start("--deepspeed", "ds_configs/zero9.json")
+    assert "ds_configs/zero9.json is no file; ds_configs/ has zero1.json, zero2.json" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_every_method_on_prosqa(script, start, tmp_path, monkeypatch):
     monkeypatch.setattr(script, "ROOT", tmp_path)  # where no data is
+    (tmp_path / "ds_configs").symlink_to(SCRIPT.parents[1] / "ds_configs")
     status, commands = start("--task", "prosqa", "--methods", "--deepspeed", "ds_configs/zero1.json")
     assert status == 0
     assert [words[1] for words in commands[:5]] == ["prosqa"] * 3 + ["decoder"] * 2
