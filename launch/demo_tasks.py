@@ -87,7 +87,7 @@ class ProsQA(Task):
     data = Path("data/prosqa_small")
     tests = (data / "test.json",)
     layers = 2
-    thoughts = 4
+    thoughts = 3
     step_tokens = 6
     max_new_tokens = 64
     nodes = 8

@@ -48,11 +48,13 @@ def ensure_decoder(
         from coconut.model.tiny import build_bpe_tokenizer, build_tiny_causal, save_tiny
 
         tokenizer = build_bpe_tokenizer(texts)
-        model = build_tiny_causal(family, tokenizer, seed=seed, hidden=hidden, layers=layers, heads=heads)
+        model = build_tiny_causal(family, tokenizer, seed=seed, layers=layers, **shape)
         save_tiny(model, tokenizer, out, finish=lambda folder: _mark(folder, request))
 
+    # Each head has keys of its own: at this width there is nothing to save.
+    shape = {"hidden": hidden, "heads": heads, "kv_heads": heads, "intermediate": 3 * hidden}
     digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
-    request = {"family": family, "layers": layers, "hidden": hidden, "heads": heads, "seed": seed, "texts": digest}
+    request = {"family": family, "layers": layers, "seed": seed, "texts": digest, **shape}
     return _ensure(out, request, force, build)
 
 

@@ -184,10 +184,16 @@ def build_tiny_causal(
     hidden: int = 32,
     layers: int = 2,
     heads: int = 4,
+    kv_heads: int | None = None,
+    intermediate: int | None = None,
 ) -> PreTrainedModel:
     """A random text-only model of one of `FAMILIES`, decided by `seed`.
 
-    Texts may be as long as the tokenizer's ``model_max_length``. In Llama and Qwen2 two heads share keys and values.
+    Texts may be as long as the tokenizer's ``model_max_length``.
+
+    Args:
+        kv_heads: heads of keys and values in Llama and Qwen2; None: two heads of queries share one.
+        intermediate: width of the MLPs; None: twice `hidden`.
     """
     if model_type not in FAMILIES:
         raise ConfigError(f"no tiny model of type {model_type!r}; choose from {', '.join(FAMILIES)}")
@@ -199,15 +205,15 @@ def build_tiny_causal(
         # GPT-2 calls the same things otherwise, and learns its positions.
         rest = {key: value for key, value in settings.items() if key != "rope_parameters"}
         rest["n_positions"] = rest.pop("max_position_embeddings")
-        config = GPT2Config(n_embd=hidden, n_layer=layers, n_head=heads, n_inner=2 * hidden, **rest)
+        config = GPT2Config(n_embd=hidden, n_layer=layers, n_head=heads, n_inner=intermediate or 2 * hidden, **rest)
     else:
         family = LlamaConfig if model_type == "llama" else Qwen2Config
         config = family(
             hidden_size=hidden,
             num_hidden_layers=layers,
             num_attention_heads=heads,
-            num_key_value_heads=heads // 2,
-            intermediate_size=2 * hidden,
+            num_key_value_heads=kv_heads or heads // 2,
+            intermediate_size=intermediate or 2 * hidden,
             **settings,
         )
     with torch.random.fork_rng(devices=[]):
