@@ -10,7 +10,7 @@
 #
 # Evaluates the finished stages of runs, one array element a stage of a run; the last to end writes one report.
 #
-#   sbatch slurm/coconut_eval.sh runs/coconut -- --data data/arrow_maze/shards/test --controls
+#   sbatch slurm/coconut_eval.sh runs/arrow_maze -- --data data/arrow_maze/shards/test --controls
 #   sbatch --array=0-14 slurm/coconut_eval.sh --out runs/seeds runs/seed_0 runs/seed_1 runs/seed_2 -- --data SHARDS/test
 #
 # Elements count the stages of the first run, then those of the second, and so on; elements past the last one end with 0.
