@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))  # so that the script runs from a clone that is no
 
 from coconut.evaluation.compare import compare
 from coconut.evaluation.metrics import METRICS
-from coconut.evaluation.result import BY, THOUGHTS, EvaluationOptions
+from coconut.evaluation.result import BY, THOUGHTS, EvaluationOptions, require_folder
 from coconut.evaluation.run import evaluate_checkpoint, find_checkpoint, plan_jobs
 from coconut.types import CoconutError, ConfigError
 
@@ -81,6 +81,8 @@ def main(argv: list[str] | None = None) -> int:
         )
         checkpoint = find_checkpoint(arguments.checkpoint)
         jobs = plan_jobs(checkpoint, arguments.data, arguments.out, options, arguments.controls, arguments.latents)
+        for job in jobs:
+            require_folder(job.out)
     except CoconutError as error:  # the same on every rank: said once
         if rank == 0:
             print(f"error: {error}", file=sys.stderr)
@@ -118,6 +120,8 @@ def read_numbers(text: str) -> tuple[int, ...]:
     if not all(word.strip().isdecimal() for word in words):
         raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers; write 0..4 or 0,2,4")
     numbers = [int(word) for word in words]
+    if dots and numbers[0] > numbers[1]:
+        raise argparse.ArgumentTypeError(f"{text!r} goes down; write {numbers[1]}..{numbers[0]}")
     return tuple(range(numbers[0], numbers[1] + 1)) if dots else tuple(dict.fromkeys(numbers))
 
 

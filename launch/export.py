@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that the script runs from a clone that is not installed
 
 from coconut.evaluation.hub import check_push, push
-from coconut.evaluation.run import find_checkpoint, require_stage
+from coconut.evaluation.result import require_folder
+from coconut.evaluation.run import find_checkpoint, require_evaluation_of, require_stage
 from coconut.types import CoconutError, ConfigError
 
 
@@ -67,7 +68,11 @@ def check(arguments: argparse.Namespace) -> None:
         if not arguments.original.is_file():
             raise ConfigError(f"--original {arguments.original} is no file")
     else:
-        require_stage(find_checkpoint(arguments.checkpoint))
+        checkpoint = find_checkpoint(arguments.checkpoint)
+        require_stage(checkpoint)
+        for folder in arguments.eval:
+            require_evaluation_of(checkpoint, folder)
+    require_folder(arguments.out.parent)
     if arguments.push_to_hub is not None:
         check_push(arguments.push_to_hub)
 

@@ -18,6 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that the script runs from a clone that is not installed
 
+from coconut.evaluation.result import require_folder
 from coconut.evaluation.run import find_checkpoint, require_thoughts
 from coconut.types import CoconutError, ConfigError
 
@@ -58,6 +59,7 @@ def probe(arguments: argparse.Namespace) -> Path:
         raise ConfigError(f"data {arguments.data} does not exist")
     checkpoint = find_checkpoint(arguments.checkpoint)
     require_thoughts(checkpoint)
+    require_folder(arguments.out)
     # These take seconds to import: not for a typing error, nor for --help.
     import torch
 

@@ -54,10 +54,16 @@ def compare(first: Path, second: Path, seed: int = 0) -> Comparison:
         raise DataError(
             f"{first} and {second} are not of the same questions: {len(missing)} in one alone, first {min(missing)!r}"
         )
+    pairs = [(by_key[0][key], by_key[1][key]) for key in by_key[0]]
+    for a, b in pairs:  # data without ids has keys that only count
+        if (a.question, a.answer) != (b.question, b.answer):
+            raise DataError(
+                f"{first} and {second} are not of the same questions: {a.key!r} is {a.question!r} ({a.answer!r}) in "
+                f"the first, {b.question!r} ({b.answer!r}) in the second"
+            )
     metrics = [result.options.metric for result in results]
     if metrics[0] != metrics[1]:
         raise DataError(f"{first} was scored by {metrics[0]}, {second} by {metrics[1]}; use one metric")
-    pairs = [(by_key[0][key], by_key[1][key]) for key in by_key[0]]
     paired = compare_paired([a.correct for a, _ in pairs], [b.correct for _, b in pairs], seed)
     differences = [b.score - a.score for a, b in pairs]
     is_share = all(p.score in (0.0, 1.0) for pair in pairs for p in pair)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from dataclasses import asdict, dataclass
 from math import fsum
 from pathlib import Path
@@ -59,6 +60,8 @@ class EvaluationOptions:
                 raise ConfigError(f"{name} is {value}; give a number of at least 1")
         if self.latents is not None and self.latents < 0:
             raise ConfigError(f"latents is {self.latents}; give a number of at least 0")
+        if self.seed < 0:
+            raise ConfigError(f"seed is {self.seed}; give a number of at least 0")
         for name, known in (("thoughts", THOUGHTS), ("metric", tuple(METRICS)), ("by", BY)):
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; choose from {', '.join(known)}")
@@ -167,6 +170,8 @@ class EvaluationResult:
         try:
             summary = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
             lines = (folder / PREDICTIONS_FILE).read_text(encoding="utf-8").split("\n")[:-1]
+            if len(lines) != summary["n_samples"]:
+                raise ValueError(f"{len(lines)} lines in {PREDICTIONS_FILE}, {summary['n_samples']} in {SUMMARY_FILE}")
             return cls(
                 tuple(Prediction(**json.loads(line)) for line in lines),
                 StageSpec(**summary["stage_spec"]),
@@ -174,7 +179,9 @@ class EvaluationResult:
                 summary["seconds_per_sample"] * summary["n_samples"],
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{folder} holds no evaluation that can be read ({error!r}); evaluate again") from error
+            raise DataError(
+                f"{folder} holds no evaluation that can be read ({error!r}); evaluate again with --fresh"
+            ) from error
 
     def save(self, folder: Path, extra: dict[str, Any] | None = None) -> None:
         """Write predictions.jsonl and summary.json; the summary comes last and so marks a complete result.
@@ -187,6 +194,20 @@ class EvaluationResult:
         lines = [json.dumps(asdict(p), ensure_ascii=False) + "\n" for p in self.predictions]
         write_whole(folder / PREDICTIONS_FILE, "".join(lines))
         write_whole(folder / SUMMARY_FILE, json.dumps({**self.summary(), **(extra or {})}, indent=2) + "\n")
+
+
+def require_folder(out: Path) -> None:
+    """Refuse a folder that results cannot be written to, before they cost anything; it is not made yet.
+
+    Raises:
+        ConfigError: it is something else, or cannot be made or written to.
+    """
+    there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise ConfigError(f"--out {out}: cannot write to {there} ({error.strerror}); choose another folder") from error
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -6,6 +6,7 @@ model thousands of questions.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coconut.evaluation.result import SUMMARY_FILE, EvaluationOptions, EvaluationResult
-from coconut.types import CheckpointError, ConfigError
+from coconut.types import CheckpointError, ConfigError, DataError
 
 if TYPE_CHECKING:
     from coconut.model.coconut import MultimodalCoconut
@@ -88,6 +89,9 @@ def plan_jobs(
             changes["noise"] = {"thoughts": "noise"}
     if latents:
         require_thoughts(checkpoint)
+        most = _positions(checkpoint)
+        if max(latents) >= most:
+            raise ConfigError(f"{max(latents)} latents are more than fit: {checkpoint} reads {most} tokens at most")
         changes |= {f"latents_{number}": {"latents": number} for number in latents}
     for name, change in changes.items():
         folder = first.out.with_name(f"{first.out.name}-{name}")
@@ -146,6 +150,7 @@ def evaluate_checkpoint(
             results.append(kept)
             continue
         loaded = loaded or load(checkpoint)
+        _forget_peak_memory()
         progress = Progress(job.out, identity)
         result = evaluate(
             loaded.model,
@@ -170,7 +175,23 @@ def evaluate_checkpoint(
 
 def _sees_images(checkpoint: Path) -> bool:
     """Whether the model has a vision tower (text-only ones have no such configuration)."""
-    return "vision_config" in json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    return "vision_config" in _config(checkpoint)
+
+
+def _positions(checkpoint: Path) -> int:
+    """The most tokens that the decoder reads."""
+    config = _config(checkpoint)
+    decoder = config.get("text_config") or config.get("llm_config") or config
+    most: int = decoder.get("max_position_embeddings") or decoder.get("n_positions") or sys.maxsize
+    return most
+
+
+def _config(checkpoint: Path) -> dict[str, Any]:
+    try:
+        config: dict[str, Any] = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{checkpoint} has no config.json that can be read ({error})") from error
+    return config
 
 
 def _identity(checkpoint: Path, job: Job, n_samples: int) -> dict[str, Any]:
@@ -180,6 +201,20 @@ def _identity(checkpoint: Path, job: Job, n_samples: int) -> dict[str, Any]:
         "data": [str(job.data.resolve()), n_samples, *_files(job.data)],
         "options": dataclasses.asdict(job.options),
     }
+
+
+def require_evaluation_of(checkpoint: Path, folder: Path) -> None:
+    """Raises DataError where an evaluation folder cannot be read, or says that it is of another checkpoint."""
+    try:
+        summary = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder} holds no evaluation that can be read ({error})") from error
+    of = summary.get("checkpoint", checkpoint)  # the library's evaluate leaves it open
+    is_same = Path(of).resolve() == checkpoint.resolve()
+    if not is_same and summary.get("identity", {}).get("checkpoint") != _files(
+        checkpoint
+    ):  # nor is it there under another name
+        raise DataError(f"{folder} is of {of}, not of {checkpoint}: evaluate that one for its card")
 
 
 def _files(path: Path) -> list[list[str | int]]:
@@ -199,8 +234,14 @@ def _kept(out: Path, identity: dict[str, Any], fresh: bool) -> EvaluationResult 
         return None
     if summary.get("identity") != json.loads(json.dumps(identity)):
         return None
-    logging.getLogger("coconut").info("%s holds this evaluation already; --fresh asks anew", out)
-    return EvaluationResult.load(out)
+    logger = logging.getLogger("coconut")
+    try:
+        result = EvaluationResult.load(out)
+    except DataError as error:
+        logger.warning("%s: this one is asked anew", error)
+        return None
+    logger.info("%s holds this evaluation already; --fresh asks anew", out)
+    return result
 
 
 def _facts(model: MultimodalCoconut, result: EvaluationResult) -> dict[str, Any]:
@@ -226,8 +267,19 @@ def _facts(model: MultimodalCoconut, result: EvaluationResult) -> dict[str, Any]
     }
 
 
+def _forget_peak_memory() -> None:
+    """Begin a job's peak at what is in use now."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return
+    with contextlib.suppress(OSError):  # not Linux, or not allowed: the peak is the process's then
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # proc(5): resets the resident set's peak
+
+
 def _peak_memory_mb() -> float:
-    """Most memory of the main rank so far: of the GPU's tensors, or of the whole process on a CPU."""
+    """Most memory of the main rank in this job: of the GPU's tensors, or of the whole process on a CPU."""
     import resource
 
     import torch

@@ -44,8 +44,8 @@ print(said.shape[1] > ids.shape[1], model.generation_config.do_sample, logits)
 def test_an_exported_folder_is_the_same_model(
     maze: Maze, tmp_path: Path, write_evaluation: Callable[..., Path]
 ) -> None:
-    scores = write_evaluation(tmp_path / "eval", COCONUT, [True, True, False, True])
     checkpoint, out = maze.checkpoints[4], tmp_path / "out"
+    scores = write_evaluation(tmp_path / "eval", COCONUT, [True, True, False, True], checkpoint=str(checkpoint))
     assert (
         script.main(["--checkpoint", str(checkpoint), "--out", str(out), "--name", "Tiny", "--eval", str(scores)]) == 0
     )
@@ -111,6 +111,18 @@ def test_a_folder_that_holds_something_is_left_alone(
     assert script.main(["--checkpoint", str(maze.checkpoints[4]), "--out", str(tmp_path)]) == 2
     assert "is not empty" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_what_cannot_work_is_refused_before_the_model_loads(
+    maze: Maze, tmp_path: Path, write_evaluation: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--checkpoint", str(maze.checkpoints[4]), "--out", str(tmp_path / "out")]
+    other = write_evaluation(tmp_path / "eval", COCONUT, [True], checkpoint=str(maze.checkpoints[0]))
+    assert script.main([*words, "--eval", str(other)]) == 2
+    assert f"{other} is of {maze.checkpoints[0]}, not of" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert script.main([*words[:3], str(tmp_path / "file" / "out")]) == 2
+    assert "(Not a directory)" in capsys.readouterr().err
 
 
 def test_no_folder_of_this_machine_is_published() -> None:

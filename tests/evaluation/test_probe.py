@@ -245,6 +245,7 @@ def test_the_maze_is_swapped_between_puzzles(study: Study) -> None:
     [
         ({"--checkpoint": "{stage_0}"}, "stage 0, which has no thoughts"),
         ({"--data": "nowhere"}, "data nowhere does not exist"),
+        ({"--out": "{file}/out"}, "(Not a directory)"),
         ({"--limit": "0"}, "--limit is 0"),
     ],
 )
@@ -252,7 +253,8 @@ def test_a_mistake_gives_one_line(
     change: dict[str, str], message: str, maze: Maze, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = {"--checkpoint": str(maze.checkpoints[4]), "--data": str(maze.shards), "--out": str(tmp_path / "out")}
-    words |= {name: value.format(stage_0=maze.checkpoints[0]) for name, value in change.items()}
+    (tmp_path / "file").touch()
+    words |= {name: value.format(stage_0=maze.checkpoints[0], file=tmp_path / "file") for name, value in change.items()}
     assert script.main([word for pair in words.items() for word in pair]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("error: ")

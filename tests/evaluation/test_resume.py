@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -84,6 +85,9 @@ def test_what_is_complete_is_read_again_unless_asked_anew(maze: Maze, tmp_path: 
     assert again.spec == first.spec
     run(maze, tmp_path, fresh=True)
     assert len(calls) == 2 * n_calls
+    for damage in ("garbage\n", ""):
+        (tmp_path / "predictions.jsonl").write_text(damage)
+        assert run(maze, tmp_path).predictions == first.predictions
 
 
 def test_numbers_of_thoughts_are_tried(maze: Maze, tmp_path: Path) -> None:
@@ -92,6 +96,8 @@ def test_numbers_of_thoughts_are_tried(maze: Maze, tmp_path: Path) -> None:
     results = evaluate_checkpoint(maze.checkpoints[4], jobs, num_threads=1)
     assert [r.mean("n_latents") for r in results] == [4, 0, 1, 2]
     assert script.read_numbers("3,1,3") == (3, 1)
+    with pytest.raises(argparse.ArgumentTypeError, match=r"write 0\.\.4"):
+        script.read_numbers("4..0")
     with pytest.raises(CheckpointError, match="no thoughts"):
         plan_jobs(maze.checkpoints[0], [maze.shards], tmp_path, OPTIONS, latents=[1])
 
@@ -161,6 +167,14 @@ def test_two_evaluations_are_compared(
         compare(tmp_path / "a", tmp_path / "c")
     with pytest.raises(DataError, match="contains a, b, c"):
         compare(tmp_path, tmp_path / "a")
+
+
+def test_questions_of_one_key_must_be_the_same(tmp_path: Path, write_evaluation: Any) -> None:
+    write_evaluation(tmp_path / "a", COCONUT, [True, False])
+    predictions = write_evaluation(tmp_path / "b", COCONUT, [True, False]) / "predictions.jsonl"
+    predictions.write_text(predictions.read_text().replace("start a2 ?", "start d4 ?"))
+    with pytest.raises(DataError, match=r"'test-000001' is 'start a2 \?' \('red'\) in the first, 'start d4 \?'"):
+        compare(tmp_path / "a", tmp_path / "b")
 
 
 def test_random_signs() -> None:

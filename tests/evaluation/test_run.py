@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from coconut.evaluation.result import EvaluationOptions
-from coconut.evaluation.run import evaluate_checkpoint, find_checkpoint, plan_jobs
+from coconut.evaluation.run import _forget_peak_memory, _peak_memory_mb, evaluate_checkpoint, find_checkpoint, plan_jobs
 from coconut.types import CheckpointError, ConfigError
 from launch import evaluate as script
 
@@ -111,18 +111,36 @@ def test_a_run_folder_stands_for_its_final_checkpoint(maze: Maze, tmp_path: Path
         ({"--data": "nowhere.json"}, "data nowhere.json does not exist"),
         ({"--batch-size": "0"}, "batch_size is 0"),
         ({"--data": "{empty}"}, "holds no shards"),
+        ({"--seed": "-1"}, "seed is -1"),
+        ({"--latents": "4,100000"}, "100000 latents are more than fit"),
+        ({"--out": "{empty}/file/out"}, "/file (Not a directory)"),
     ],
 )
 def test_a_mistake_gives_one_line_and_code_2(
     change: dict[str, str], message: str, maze: Maze, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = {"--checkpoint": str(maze.checkpoints[4]), "--data": str(maze.shards), "--out": str(tmp_path / "out")}
+    (tmp_path / "file").touch()
     words |= {name: value.format(empty=tmp_path) for name, value in change.items()}
     assert script.main([word for pair in words.items() for word in pair]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("error: ")
     assert message in line
     assert not (tmp_path / "out").exists()
+
+
+def test_the_peak_of_memory_is_that_of_one_job() -> None:
+    import numpy as np
+
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pytest.skip("the peak of the resident set cannot be reset here")
+    before = _peak_memory_mb()
+    np.ones(40_000_000).sum()  # 320 MB, given back
+    assert _peak_memory_mb() > before + 250
+    _forget_peak_memory()
+    assert _peak_memory_mb() < before + 100
 
 
 def test_a_checkpoint_without_a_stage_is_refused(
