@@ -256,7 +256,9 @@ def _add_prosqa(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     def convert(arguments: argparse.Namespace) -> Iterable[Sample]:
         if arguments.generate:
             size = arguments.size if arguments.size is not None else prosqa.SPLIT_SIZES[arguments.split]
-            drawn = prosqa.generate(arguments.split, size, arguments.seed, arguments.nodes, arguments.names)
+            drawn = prosqa.generate(
+                arguments.split, size, arguments.seed, arguments.nodes, arguments.names, arguments.even
+            )
             rows: Iterable[tuple[str, sources.Row]] = ((f"generated:{i}", row) for i, row in enumerate(drawn))
         else:
             file = {"val": "valid"}.get(arguments.split, arguments.split)
@@ -274,6 +276,8 @@ def _add_prosqa(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.add_argument("--nodes", type=int, default=prosqa.N_NODES, help="nodes of a graph (default: %(default)s)")
     names = f"names of concepts in use, half as many of entities (default: all {len(prosqa.CONCEPTS)})"
     parser.add_argument("--names", type=int, help=names)
+    even = "the wrong answer lies as deep as the right one, so that only following edges tells them apart"
+    parser.add_argument("--even", action="store_true", help=even)
 
 
 def _add_decoder(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -89,7 +89,7 @@ Edge = tuple[int, int]  # from a node to one of its kinds
 
 
 def generate(
-    split: str, size: int, seed: int, n_nodes: int = N_NODES, n_names: int | None = None
+    split: str, size: int, seed: int, n_nodes: int = N_NODES, n_names: int | None = None, even: bool = False
 ) -> Iterator[dict[str, Any]]:
     """The records of a split, each a function of (seed, split, its number) alone.
 
@@ -100,6 +100,9 @@ def generate(
         n_nodes: nodes of a graph.
         n_names: only so many concepts, and half as many entities, are ever named; None is all. A model that is trained
             from scratch learns sooner to tell few names apart.
+        even: the wrong answer is as far below node 1 as the right one may be below node 0. As the paper draws it, it
+            is mostly nearer, and the nodes and names right above the two answers tell them apart without a step:
+            in 97 % of graphs of 8 nodes, 76 % of 23.
 
     Raises:
         DataError: a size or number of nodes that cannot be met.
@@ -110,10 +113,12 @@ def generate(
     if not 8 <= n_nodes <= n_names <= len(CONCEPTS):
         most = f"a problem has 8 to {len(CONCEPTS)} nodes, and no fewer names"
         raise DataError(f"{n_nodes} nodes and {n_names} names; {most}")
+    if even and n_nodes < 10:
+        raise DataError(f"{n_nodes} nodes, and both answers far below a root: such graphs have at least 10")
     names = ENTITIES[: (n_names + 1) // 2], CONCEPTS[:n_names]
     for number in range(size):
         digest = hashlib.sha256(f"prosqa\0{seed}\0{split}\0{number}".encode()).digest()
-        yield draw_problem(np.random.default_rng(int.from_bytes(digest[:16], "big")), n_nodes, *names)
+        yield draw_problem(np.random.default_rng(int.from_bytes(digest[:16], "big")), n_nodes, *names, even)
 
 
 def grow_graph(rng: np.random.Generator, n_nodes: int) -> tuple[list[Edge], list[int]]:
@@ -146,6 +151,7 @@ def draw_problem(
     n_nodes: int,
     entities: tuple[str, ...] = ENTITIES,
     concepts: tuple[str, ...] = CONCEPTS,
+    even: bool = False,
 ) -> dict[str, Any]:
     """One problem with the fields of the public files: question, steps, answer, idx_to_symbol, edges, root, target,
     neg_target."""
@@ -154,6 +160,9 @@ def draw_problem(
         paths = shortest_paths(edges, 0)
         far = [node for node, path in paths.items() if labels[node] == 1 and len(path) > MIN_STEPS]
         wrong = [node for node in range(2, n_nodes) if labels[node] == 2]
+        if even and far:
+            below = shortest_paths(edges, 1)
+            wrong = [node for node in wrong if len(below[node]) > MIN_STEPS]
         n_roots = n_nodes - len({end for _, end in edges})
         if far and wrong and n_roots <= len(entities):
             break

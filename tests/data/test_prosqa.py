@@ -74,3 +74,22 @@ def test_few_names_are_used_where_few_are_asked_for() -> None:
     assert len(used) > 12
     with pytest.raises(DataError, match="12 nodes and 10 names"):
         next(generate("train", 1, seed=0, n_nodes=12, n_names=10))
+
+
+def test_an_even_problem_is_not_told_by_what_stands_right_above_the_answers() -> None:
+    def depth_of_wrong(record) -> int:
+        return len(shortest_paths([tuple(edge) for edge in record["edges"]], 1)[record["neg_target"]]) - 1
+
+    def below_names(record, node: int) -> int:
+        return sum(end == node and record["idx_to_symbol"][start] in ENTITIES for start, end in record["edges"])
+
+    def told(records) -> float:  # how often the answer is the one below fewer names
+        gaps = [below_names(r, r["neg_target"]) - below_names(r, r["target"]) for r in records]
+        return sum((gap > 0) + 0.5 * (gap == 0) for gap in gaps) / len(gaps)
+
+    even = list(generate("train", 100, seed=0, n_nodes=12, n_names=12, even=True))
+    assert min(map(depth_of_wrong, even)) == MIN_STEPS
+    assert 0.4 < told(even) < 0.6
+    assert told(list(generate("train", 100, seed=0, n_nodes=12, n_names=12))) > 0.75
+    with pytest.raises(DataError, match="at least 10"):
+        next(generate("train", 1, seed=0, n_nodes=9, even=True))
