@@ -355,7 +355,8 @@ def check_two_ranks(timeout_s: float) -> str:
     names = "NCCL_SOCKET_IFNAME" if backend == "NCCL" else "GLOO_SOCKET_IFNAME"
     last = " ".join(said.strip().splitlines()[-1:])
     if not codes:
-        fix = f"a firewall on the loopback device, a wrong {names}, or a build in {build_folder()} that hangs"
+        fix = f"a firewall on the loopback device, a wrong {names}, a build in {build_folder()} that hangs, or"
+        fix += " a machine so busy that two Python processes need longer to start (then a larger --timeout helps)"
         raise Fault(f"no answer after {timeout_s:.0f} s by {backend}; {fix}. Last words: {last}")
     if codes != [0, 0] or said.count("the sum is 3.0") != 2:
         raise Fault(f"the ranks ended with {codes} by {backend}; check {names} and the lines above. Last words: {last}")

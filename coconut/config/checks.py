@@ -11,7 +11,12 @@ from coconut.config.faults import Fault, Note
 from coconut.types import STAGED_METHODS
 
 #: Folder that a command makes -> the command.
-RECIPES = {"data/arrow_maze": "python launch/prepare_data.py arrow-maze"}
+RECIPES = {
+    "data/arrow_maze": "python launch/prepare_data.py arrow-maze",
+    "data/aokvqa": "python launch/prepare_data.py aokvqa",
+    "data/prosqa": "python launch/prepare_data.py prosqa",
+    "data/prosqa_small": "python launch/demo.py --task prosqa",
+}
 
 _OWN_DATA = f"give your own (README: your own data), or make the demo's with `{RECIPES['data/arrow_maze']}`"
 #: Keys that look at validation, and what a stage calls them.
