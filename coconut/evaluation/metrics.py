@@ -2,7 +2,7 @@
 
     exact     equal to the truth after normalisation
     numeric   the same number, however written
-    choice    names the right choice, by its text, letter or number
+    choice    names the right choice, by its text or letter
     vqa       VQA's soft accuracy over the answers of several people
     aokvqa    A-OKVQA's direct-answer score: a third for each of them who said the same, at most 1
 

@@ -154,8 +154,10 @@ class EvaluationResult:
     def headline(self) -> str:
         """The result in one line that a person can read."""
         low, high = self.interval
+        n_failed = sum(p.error is not None for p in self.predictions)
+        failed = f", {n_failed} of them not asked or not scored" if n_failed else ""
         return (
-            f"accuracy {self.accuracy:.2%} (95 % interval {low:.2%} to {high:.2%}, {self.n_samples} samples), "
+            f"accuracy {self.accuracy:.2%} (95 % interval {low:.2%} to {high:.2%}, {self.n_samples} samples{failed}), "
             f"{self.mean('n_generated'):.1f} tokens generated, {self.mean('passes'):.1f} sequential forward passes, "
             f"{1000 * self.seconds / self.n_samples:.1f} ms a sample"
         )

@@ -18,13 +18,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from coconut.evaluation.metrics import METRICS
 from coconut.evaluation.result import SUMMARY_FILE, EvaluationOptions, EvaluationResult
 from coconut.types import CheckpointError, ConfigError, DataError
 
 if TYPE_CHECKING:
+    from coconut.evaluation.interventions import SampleSource
     from coconut.model.coconut import MultimodalCoconut
 
 CHECKPOINT_FILE = "coconut.json"
+_SAMPLES_LOOKED_AT = 20
 
 
 @dataclass(frozen=True)
@@ -141,6 +144,8 @@ def evaluate_checkpoint(
     distributed.init_distributed_training()
     log_to_console(distributed.is_main_process())
     sources = [open_dataset(job.data, image_root=image_root) for job in jobs]
+    for job, source in zip(jobs, sources, strict=True):
+        _require_truth(source, job.options.metric)
     loaded: Loaded | None = None
     results = []
     for job, source in zip(jobs, sources, strict=True):
@@ -171,6 +176,22 @@ def evaluate_checkpoint(
     distributed.barrier()
     distributed.shutdown_distributed()
     return results
+
+
+def _require_truth(source: SampleSource, metric: str) -> None:
+    """Refuse a metric that none of the first samples has the truth for, before a model is loaded."""
+    faults = []
+    for index in range(min(len(source), _SAMPLES_LOOKED_AT)):
+        with contextlib.suppress(DataError):  # an unreadable one is counted and named when its turn comes
+            sample = source.read(index)
+            try:
+                METRICS[metric]("", sample)
+            except DataError as error:
+                faults.append(error)
+            else:
+                return
+    if faults:
+        raise faults[0]
 
 
 def _sees_images(checkpoint: Path) -> bool:

@@ -133,6 +133,7 @@ def test_choices_by_likelihood_are_those_of_the_loss(maze: Maze, tmp_path: Path)
     assert bad.error is not None
     assert "none of its" in bad.error
     assert result.n_samples == 6  # it stays in the denominator
+    assert "6 samples, 1 of them not asked or not scored)" in result.headline()
     loaded, source = load(maze.checkpoints[4]), open_dataset(data)
     for p in result.predictions[:3]:
         sample = source.read(p.index)

@@ -112,6 +112,7 @@ def test_a_run_folder_stands_for_its_final_checkpoint(maze: Maze, tmp_path: Path
         ({"--batch-size": "0"}, "batch_size is 0"),
         ({"--data": "{empty}"}, "holds no shards"),
         ({"--seed": "-1"}, "seed is -1"),
+        ({"--metric": "choice"}, "(key test-000000): the answer"),
         ({"--latents": "4,100000"}, "100000 latents are more than fit"),
         ({"--out": "{empty}/file/out"}, "/file (Not a directory)"),
     ],
