@@ -82,6 +82,7 @@ def plan(config: Config, arguments: argparse.Namespace) -> int:
 
     from coconut.config.deepspeed import batch_geometry, resolve_ds_config
     from coconut.model.adapters import LoraSettings
+    from coconut.model.loading import configure
     from coconut.training.batches import stage_batch
     from coconut.training.plan_data import assumed_data_shape, read_data_shape
     from coconut.training.preview import open_preview
@@ -102,6 +103,8 @@ def plan(config: Config, arguments: argparse.Namespace) -> int:
         columns = hf_config.image_seq_length * tiles + arguments.text
         data = assumed_data_shape(config, ranks, columns=columns, labels=arguments.labels, tiles=tiles)
     model = outline_model(hf_config, config.freeze, LoraSettings.from_config(config))
+    with torch.device("meta"):
+        configure(model, config)
     geometry = batch_geometry(stage_batch(config, data.stages[0].stage), ranks)
     resolved = resolve_ds_config(config, world_size=ranks, hidden_size=model.hidden_size, geometry=geometry)
     zero = ZeroSettings.from_ds_config(resolved)

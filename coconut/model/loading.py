@@ -69,7 +69,7 @@ def load_model(cls: type[MultimodalCoconut], model_id: str | Path, config: Any =
     model.zero3_config = keep_alive
     _read_metadata(model, Path(model_id))
     if config is not None:
-        _configure(model, config)
+        configure(model, config)
     _read_own_weights(model, Path(model_id))
     if config is not None:
         adapters.choose_trained(model, config.freeze, adapters.LoraSettings.from_config(config), config.seed)
@@ -120,7 +120,7 @@ def _read_config(model_id: str | Path, tokenizer: Any) -> tuple[Any, dict[str, A
         ) from error
 
 
-def _configure(model: MultimodalCoconut, config: Any) -> None:
+def configure(model: MultimodalCoconut, config: Any) -> None:
     """What the run asks for wins over what the checkpoint was trained with, so that training may go on differently."""
     feedback = "none" if config.method.startswith("pause") else config.latent_feedback
     iterations = config.jacobi_iterations if config.latent_passes == "jacobi" else None

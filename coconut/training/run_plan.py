@@ -69,6 +69,7 @@ class MemoryPlan:
     parts: dict[str, int]
     moment: str  # "backward", "reduction" or "optimizer step"
     host: int
+    has_passes: bool  # the decoder is called once a thought
     is_gathered_whole: bool  # ZeRO-3: the latent loop holds the text model whole through its passes
     batch: BatchShape  # of those planned for, the one that needs most
 
@@ -111,7 +112,8 @@ class PlannedModel:
         is_leaf = zero.stage == 3 and text <= zero.max_live
         # DeepSpeed lets go of a module's weights when the backward of its last call is over: with thoughts, of all
         # the decoder's together, though the passes of the forward gather them one after the other.
-        is_whole = is_leaf or shape.latents > 0
+        has_passes = shape.latents > 0 and self.model.loop.iterations != 0
+        is_whole = is_leaf or has_passes
         state = _State(self.model, zero, ranks, self.dtype, is_whole, self.on_cpu)
         stay = "all" if zero.stage < 2 or state.fills_bucket else "decoder" if is_leaf else "none"
         if (shape, stay) not in self._simulated:
@@ -121,7 +123,7 @@ class PlannedModel:
         if zero.stage == 3:
             moments["reduction"] = state.in_reduction(peak)
         worst = max(moments, key=lambda name: sum(moments[name].values()))
-        return MemoryPlan(moments[worst], worst, state.host(), is_leaf, shape)
+        return MemoryPlan(moments[worst], worst, state.host(), has_passes, is_leaf, shape)
 
     def _staying(self, stay: str) -> Callable[[nn.Parameter], bool]:
         """Whose gradients are whole until the backward ends: a leaf of ZeRO-3 lets go of all its weights together."""
@@ -282,7 +284,7 @@ def plan_work(model_config: Any, data: StageShape, *, checkpointing: bool) -> Wo
 
 
 def plan_text(
-    model: nn.Module,
+    model: MultimodalCoconut,
     memory: MemoryPlan,
     data: DataShape,
     ranks: int,
@@ -298,7 +300,7 @@ def plan_text(
     ]
     setting = f"ZeRO stage {zero.stage}" + (f", {' and '.join(offloads)} in host memory" if offloads else "")
     if zero.stage == 3:
-        how = "layer by layer" + (", in every pass; the backward holds it whole" if batch.latents else "")
+        how = "layer by layer" + (", in every pass; the backward holds it whole" if memory.has_passes else "")
         if memory.is_gathered_whole:
             how = "whole, once a micro-batch"
         setting += f"; the text model is gathered {how}"

@@ -10,6 +10,7 @@ from transformers import Qwen2Config
 
 from coconut.config import Config, ConfigError
 from coconut.model.adapters import LoraSettings, choose_trained
+from coconut.model.loading import configure
 from coconut.model.presets import PRESETS, preset_config
 from coconut.training.plan_data import StageShape, assumed_data_shape
 from coconut.training.run_plan import MemoryPlan, PlannedModel, ZeroSettings, count_parameters, plan_work
@@ -188,6 +189,21 @@ def test_memory_is_that_of_the_stage_that_needs_most() -> None:
     assert plans[0].total > plans[1].total
     found = all_of_them.memory(1, ZeroSettings())
     assert found.total == plans[0].total and found.batch == first
+
+
+def test_pauses_in_one_pass_need_less_than_passes() -> None:
+    zero = ZeroSettings(stage=3, max_live=1000, persistent=0, reduce_bucket=1000)
+    shape, methods = BatchShape(1, 64, 10, 4), ("coconut", "pause_multipass", "pause_as_thought", "pause")
+    totals = []
+    for method in methods:
+        model = outline_model(decoder(num_hidden_layers=2, hidden_size=256))
+        with torch.device("meta"):
+            configure(model, Config({"method": method}))
+        plan = PlannedModel(model, shape, dtype=torch.float32, checkpointing=False).memory(2, zero)
+        assert plan.has_passes == (method in methods[:2])
+        totals.append(plan.total)
+    assert totals[0] == pytest.approx(totals[1], rel=0.01)
+    assert totals[2] == totals[3] < 0.95 * totals[0]
 
 
 def test_stages_have_their_own_batches_and_thoughts() -> None:
