@@ -86,6 +86,11 @@ def observations(values: Mapping[str, Any]) -> list[Note]:
     if unused:
         names = ", ".join(map(str, sorted(unused)))
         notes.append(Note(f"settings of stages {names} are not used: {reason}"))
+    if values["start_stage"] and values["load_model_path"] is None:
+        text = (
+            f"start_stage = {values['start_stage']} without load_model_path: stage 0 is left out, so model_id must be"
+        )
+        notes.append(Note(f"{text} a model that writes its steps already"))
     by_steps = values["steps_per_stage"] or any(table.get("steps") for table in values["stages"].values())
     if by_steps and values["num_epochs"] is not None:
         text = (

@@ -219,6 +219,7 @@ class TestStages:
 
     def test_settings_without_effect_are_noted(self) -> None:
         assert "settings of stages 7 are not used" in Config({"stages": {7: {"epochs": 1}}}).notes[0]
+        assert "without load_model_path: stage 0 is left out" in Config({"start_stage": 1}).notes[0]
         assert "may end before stage 4 begins" in Config({"num_epochs": 20}).notes[0]
         assert Config({"num_epochs": None}).notes == ()
 
