@@ -87,7 +87,15 @@ def verdict(numbers: dict[str, Any]) -> list[str]:
         f"of {percent(own['accuracy']['mean'])}: {points(change['mean'])} points, 95 % interval "
         f"{points(change['low'])} to {points(change['high'])}."
     )
-    if change["high"] < 0:
+    # Thoughts may be needed and yet say nothing: then those of any question do as well.
+    strangers = [by_name[name] for name in ("mean", "other") if name in by_name]
+    if change["high"] < 0 and strangers and all(row["change"]["high"] >= 0 for row in strangers):
+        found = " and ".join(f"{row['label']} {percent(row['accuracy']['mean'])}" for row in strangers)
+        sentences = [
+            f"Thoughts are needed, but no use of what they say of the question can be seen. {first}",
+            f"Yet it answers as well with others in their place: {found}.",
+        ]
+    elif change["high"] < 0:
         sentences = [f"The thoughts are used. {first}"]
     elif change["low"] > 0:
         sentences = [f"The thoughts do harm. {first}"]

@@ -17,6 +17,7 @@ from coconut.evaluation.interventions import donors_within, given_thoughts, only
 from coconut.evaluation.loaded import Loaded, load
 from coconut.evaluation.probe import Condition, Study, conditions, cut, effects
 from coconut.evaluation.probe_look import looks, paint
+from coconut.evaluation.probe_page import verdict
 from coconut.evaluation.thoughts import answer, likelihood, think
 from coconut.types import DataError, Sample
 from launch import probe as script
@@ -230,6 +231,31 @@ def test_the_script_writes_a_page_that_escapes_its_data(maze: Maze, tmp_path: Pa
     numbers = json.loads((tmp_path / "out" / "probe.json").read_text())
     assert numbers["n"] == 4
     assert "swap" not in numbers
+
+
+@pytest.mark.parametrize(
+    ("highs", "first"),
+    [
+        ({"noise": -0.3, "mean": -0.3, "other": -0.3}, "The thoughts are used."),
+        ({"noise": -0.3, "mean": -0.3, "other": 0.01}, "The thoughts are used."),
+        ({"noise": -0.3, "mean": 0.01, "other": 0.02}, "Thoughts are needed, but no use of what they say"),
+        ({"noise": -0.3}, "The thoughts are used."),
+        ({"noise": 0.02, "mean": 0.01, "other": 0.02}, "No use of the thoughts can be seen"),
+    ],
+)
+def test_thoughts_that_those_of_any_question_can_replace_say_nothing(highs: dict[str, float], first: str) -> None:
+    def row(name: str, high: float) -> dict[str, object]:
+        change = {"mean": high - 0.02, "low": high - 0.04, "high": high}
+        return {
+            "name": name, "label": f"({name})", "accuracy": {"mean": 0.9 + change["mean"]},
+            "change": change, "nats_change": change,
+        }  # fmt: skip
+
+    rows = [row("own", 0.02), *(row(name, high) for name, high in highs.items())]
+    sentences = verdict({"causal": rows})
+    assert sentences[0].startswith(first)
+    strangers = "(mean) 89.0\u202f% and (other) 90.0\u202f%."
+    assert any(s.endswith(strangers) for s in sentences) == first.startswith("Thoughts are needed")
 
 
 def test_the_maze_is_swapped_between_puzzles(study: Study) -> None:
