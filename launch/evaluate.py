@@ -66,6 +66,8 @@ def main(argv: list[str] | None = None) -> int:
     rank = int(os.environ.get("RANK", "0"))
     try:
         if arguments.compare:
+            if arguments.checkpoint or arguments.data or arguments.out:
+                raise ConfigError("--compare evaluates nothing: leave out --checkpoint, --data and --out")
             print(compare(*arguments.compare).text())
             return 0
         require(arguments)

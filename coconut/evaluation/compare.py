@@ -49,6 +49,9 @@ def compare(first: Path, second: Path, seed: int = 0) -> Comparison:
     """
     results = [_read(first), _read(second)]
     by_key = [{p.key: p for p in result.predictions} for result in results]
+    for folder, result, found in zip((first, second), results, by_key, strict=True):
+        if len(found) < result.n_samples:
+            raise DataError(f"{folder} has {result.n_samples} questions with {len(found)} keys; give each its own id")
     missing = by_key[0].keys() ^ by_key[1].keys()
     if missing:
         raise DataError(

@@ -174,8 +174,11 @@ class EvaluationResult:
             lines = (folder / PREDICTIONS_FILE).read_text(encoding="utf-8").split("\n")[:-1]
             if len(lines) != summary["n_samples"]:
                 raise ValueError(f"{len(lines)} lines in {PREDICTIONS_FILE}, {summary['n_samples']} in {SUMMARY_FILE}")
+            predictions = tuple(Prediction(**json.loads(line)) for line in lines)
+            for p in predictions:
+                float(p.score)
             return cls(
-                tuple(Prediction(**json.loads(line)) for line in lines),
+                predictions,
                 StageSpec(**summary["stage_spec"]),
                 EvaluationOptions(**summary["options"]),
                 summary["seconds_per_sample"] * summary["n_samples"],

@@ -336,6 +336,8 @@ def _stage_spec(checkpoint: Path) -> dict[str, Any] | None:
     path = checkpoint / CHECKPOINT_FILE
     try:
         spec: dict[str, Any] | None = json.loads(path.read_text(encoding="utf-8"))["stage_spec"]
+        if spec is not None:
+            _ = int(spec["stage"]), int(spec["n_latents"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged ({error!r}); save the checkpoint again") from error
     return spec

@@ -85,7 +85,9 @@ def test_what_is_complete_is_read_again_unless_asked_anew(maze: Maze, tmp_path: 
     assert again.spec == first.spec
     run(maze, tmp_path, fresh=True)
     assert len(calls) == 2 * n_calls
-    for damage in ("garbage\n", ""):
+    good = (tmp_path / "predictions.jsonl").read_text()
+    for damage in ("garbage\n", "", good.replace('"score": 0.0', '"score": null')):
+        assert damage != good
         (tmp_path / "predictions.jsonl").write_text(damage)
         assert run(maze, tmp_path).predictions == first.predictions
 
@@ -176,6 +178,10 @@ def test_questions_of_one_key_must_be_the_same(tmp_path: Path, write_evaluation:
     predictions.write_text(predictions.read_text().replace("start a2 ?", "start d4 ?"))
     with pytest.raises(DataError, match=r"'test-000001' is 'start a2 \?' \('red'\) in the first, 'start d4 \?'"):
         compare(tmp_path / "a", tmp_path / "b")
+    predictions.write_text(predictions.read_text().replace("test-000001", "test-000000"))
+    with pytest.raises(DataError, match="b has 2 questions with 1 keys"):
+        compare(tmp_path / "a", tmp_path / "b")
+    assert script.main(["--compare", str(tmp_path / "a"), str(tmp_path / "b"), "--out", "x"]) == 2
 
 
 def test_random_signs() -> None:

@@ -13,7 +13,14 @@ import pytest
 import torch
 
 from coconut.evaluation.result import EvaluationOptions
-from coconut.evaluation.run import _forget_peak_memory, _peak_memory_mb, evaluate_checkpoint, find_checkpoint, plan_jobs
+from coconut.evaluation.run import (
+    _forget_peak_memory,
+    _peak_memory_mb,
+    evaluate_checkpoint,
+    find_checkpoint,
+    plan_jobs,
+    require_thoughts,
+)
 from coconut.types import CheckpointError, ConfigError
 from launch import evaluate as script
 
@@ -150,6 +157,10 @@ def test_a_checkpoint_without_a_stage_is_refused(
     (tmp_path / "coconut.json").write_text('{"stage_spec": null}')
     assert script.main(["--checkpoint", str(tmp_path), "--data", str(maze.shards), "--out", str(tmp_path / "o")]) == 2
     assert "names no stage" in capsys.readouterr().err
+    for spec in ("{}", "[1]", '{"stage": "x", "n_latents": 1}'):
+        (tmp_path / "coconut.json").write_text(f'{{"stage_spec": {spec}}}')
+        with pytest.raises(CheckpointError, match="is damaged"):
+            require_thoughts(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["evaluate.py", "report.py", "probe.py", "generate.py", "export.py"])
