@@ -172,7 +172,7 @@ def test_every_method_on_prosqa(script, start, tmp_path, monkeypatch):
     assert status == 0
     assert [words[1] for words in commands[:5]] == ["prosqa"] * 3 + ["decoder"] * 2
     layers = [words[words.index("--layers") + 1] for words in commands[3:5]]
-    assert layers == ["2", "10"]
+    assert layers == ["2", "8"]
     trained = [
         next(word for word in words if word.startswith("method=")) for words in commands if "launch/train.py" in words
     ]
