@@ -184,9 +184,7 @@ class EvaluationResult:
                 summary["seconds_per_sample"] * summary["n_samples"],
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(
-                f"{folder} holds no evaluation that can be read ({error!r}); evaluate again with --fresh"
-            ) from error
+            raise DataError(f"{folder} holds no evaluation that can be read ({error!r}); evaluate again") from error
 
     def save(self, folder: Path, extra: dict[str, Any] | None = None) -> None:
         """Write predictions.jsonl and summary.json; the summary comes last and so marks a complete result.

@@ -259,7 +259,7 @@ def _kept(out: Path, identity: dict[str, Any], fresh: bool) -> EvaluationResult 
     try:
         result = EvaluationResult.load(out)
     except DataError as error:
-        logger.warning("%s: this one is asked anew", error)
+        logger.warning("%s: done now", error)
         return None
     logger.info("%s holds this evaluation already; --fresh asks anew", out)
     return result

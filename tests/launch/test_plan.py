@@ -55,6 +55,16 @@ def test_a_run_that_trains_a_part_with_a_batch_of_its_own_in_one_stage(
 
 
 @pytest.mark.parametrize(
+    "own", ["method=pause", "method=pause_multipass", "latent_feedback=normed", "latent_passes=jacobi"]
+)
+def test_every_way_of_thinking_is_planned(own: str, maze: Path, tmp_path: Path, project: Path, monkeypatch, capsys):
+    monkeypatch.chdir(project)
+    data = ["val_data_path=null", "test_data_path=null", "advance_at=null", "samples_per_epoch=null"]
+    assert main(["args/demo.yaml", "--ranks", "1", *overrides(maze, tmp_path), *data, own]) == 0
+    assert "fits" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["--ranks", "0"], "--ranks is 0; give a number of at least 1"),
