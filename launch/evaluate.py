@@ -82,7 +82,15 @@ def main(argv: list[str] | None = None) -> int:
             by=arguments.by,
         )
         checkpoint = find_checkpoint(arguments.checkpoint)
-        jobs = plan_jobs(checkpoint, arguments.data, arguments.out, options, arguments.controls, arguments.latents)
+        jobs = plan_jobs(
+            checkpoint,
+            arguments.data,
+            arguments.out,
+            options,
+            arguments.controls,
+            arguments.latents,
+            arguments.image_root,
+        )
         for job in jobs:
             require_folder(job.out)
     except CoconutError as error:  # the same on every rank: said once

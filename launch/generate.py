@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that the script runs from a clone that is not installed
 
-from coconut.evaluation.run import find_checkpoint, require_stage
+from coconut.evaluation.run import find_checkpoint, require_room, require_stage
 from coconut.types import CoconutError, ConfigError
 
 if TYPE_CHECKING:
@@ -90,11 +90,13 @@ def check(arguments: argparse.Namespace) -> None:
     for image in arguments.image:
         if not Path(image).is_file():
             raise ConfigError(f"--image {image} is no file")
-    spec = require_stage(find_checkpoint(arguments.checkpoint))
+    checkpoint = find_checkpoint(arguments.checkpoint)
+    spec = require_stage(checkpoint)
     if arguments.latents and not spec["markers"]:
         raise ConfigError(
             f"--latents {arguments.latents}: this checkpoint was trained without thoughts (cot or no_cot); leave it out"
         )
+    require_room(checkpoint, arguments.latents or 0)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -118,6 +120,8 @@ def run(arguments: argparse.Namespace) -> None:
         )
         print(f"{n_answered} answered, {n_failed} could not be asked: {arguments.output}")
     elif arguments.question is not None:
+        if loaded.processor and not arguments.image:
+            print("note: this model sees images; the question is asked without one (--image)", file=sys.stderr)
         speak(loaded, arguments.question, arguments.image, settings)
     else:
         converse(loaded, arguments.image, settings)

@@ -38,7 +38,7 @@ def image_donors(source: SampleSource, n_samples: int, seed: int) -> dict[int, i
     Raises:
         DataError: fewer than two samples have images.
     """
-    members = [index for index in range(n_samples) if _has_images(source, index)]
+    members = [index for index in range(n_samples) if has_images(source, index)]
     if len(members) < 2:
         raise DataError(f"{len(members)} of {n_samples} samples have images; shuffling needs at least two")
     return dict(zip(members, _cycle(members, np.random.default_rng(seed)), strict=True))
@@ -134,7 +134,7 @@ def _cycle(members: list[int], generator: np.random.Generator) -> list[int]:
     return order
 
 
-def _has_images(source: SampleSource, index: int) -> bool:
+def has_images(source: SampleSource, index: int) -> bool:
     try:
         return bool(source.read(index).images)
     except DataError:  # counted and named when its turn comes to be asked

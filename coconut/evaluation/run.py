@@ -12,9 +12,10 @@ import json
 import logging
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,10 +49,12 @@ def find_checkpoint(path: Path) -> Path:
     for folder in (path, path / "final"):
         if (folder / CHECKPOINT_FILE).is_file():
             return folder
+    if path.is_file():
+        raise CheckpointError(f"checkpoint {path} is a file; give its folder, {path.parent}")
     if not path.is_dir():
         raise CheckpointError(f"checkpoint {path} does not exist")
-    inside = sorted(found.parent.name for found in path.glob(f"*/{CHECKPOINT_FILE}"))
-    hint = f"; it contains {', '.join(inside)}" if inside else ""
+    inside = [found.parent for pattern in ("*", "*/*") for found in sorted(path.glob(f"{pattern}/{CHECKPOINT_FILE}"))]
+    hint = f"; it contains {', '.join(str(folder.relative_to(path)) for folder in inside)}" if inside else ""
     raise CheckpointError(f"{path} is no checkpoint: it has no {CHECKPOINT_FILE}{hint}")
 
 
@@ -62,6 +65,7 @@ def plan_jobs(
     options: EvaluationOptions,
     controls: bool = False,
     latents: Sequence[int] = (),
+    image_root: Path | None = None,
 ) -> list[Job]:
     """One job a data set; a single one writes to `out` itself, several to a folder each below it.
 
@@ -70,11 +74,13 @@ def plan_jobs(
         data: data sets; the first is the one that controls and numbers of thoughts are tried on.
         out: folder to write.
         options: of all jobs.
-        controls: also with the images shuffled if the model sees any, and with noise for thoughts if it has any.
+        controls: also with the images shuffled if model and data have any, and with noise for thoughts if it has any.
         latents: also with each of these numbers of thoughts, if the checkpoint has any.
+        image_root: folder of a JSON file's images; None is the file's own.
 
     Raises:
         ConfigError: a data set does not exist, or two have the same name.
+        DataError: one that controls are tried on cannot be read.
         CheckpointError: numbers of thoughts for a checkpoint that was trained without.
     """
     for path in data:
@@ -86,15 +92,13 @@ def plan_jobs(
     first = jobs[0]
     changes: dict[str, dict[str, Any]] = {}
     if controls:
-        if _sees_images(checkpoint):
+        if _sees_images(checkpoint) and _shows_images(first, image_root):
             changes["images_shuffled"] = {"shuffle_images": True}
         if (_stage_spec(checkpoint) or {}).get("n_latents"):
             changes["noise"] = {"thoughts": "noise"}
     if latents:
         require_thoughts(checkpoint)
-        most = _positions(checkpoint)
-        if max(latents) >= most:
-            raise ConfigError(f"{max(latents)} latents are more than fit: {checkpoint} reads {most} tokens at most")
+        require_room(checkpoint, max(latents))
         changes |= {f"latents_{number}": {"latents": number} for number in latents}
     for name, change in changes.items():
         folder = first.out.with_name(f"{first.out.name}-{name}")
@@ -146,6 +150,8 @@ def evaluate_checkpoint(
     sources = [open_dataset(job.data, image_root=image_root) for job in jobs]
     for job, source in zip(jobs, sources, strict=True):
         _require_truth(source, job.options.metric)
+    if _sees_images(checkpoint) and distributed.is_main_process():
+        _warn_of_no_images({job.data: source for job, source in zip(jobs, sources, strict=True)})
     loaded: Loaded | None = None
     results = []
     for job, source in zip(jobs, sources, strict=True):
@@ -194,17 +200,41 @@ def _require_truth(source: SampleSource, metric: str) -> None:
         raise faults[0]
 
 
+def _warn_of_no_images(sources: Mapping[Path, SampleSource]) -> None:
+    """Say where a model that was trained to look is asked without pictures: a mistyped field of the data looks so."""
+    from coconut.evaluation.interventions import has_images
+
+    for path, source in sources.items():
+        n_looked_at = min(len(source), _SAMPLES_LOOKED_AT)
+        if not any(has_images(source, index) for index in range(n_looked_at)):
+            logging.getLogger("coconut").warning(
+                "%s: none of the first %d samples has an image, though the model sees images", path, n_looked_at
+            )
+
+
 def _sees_images(checkpoint: Path) -> bool:
     """Whether the model has a vision tower (text-only ones have no such configuration)."""
     return "vision_config" in _config(checkpoint)
 
 
-def _positions(checkpoint: Path) -> int:
-    """The most tokens that the decoder reads."""
+def _shows_images(job: Job, image_root: Path | None) -> bool:
+    """Whether as many of the samples have images as shuffling takes."""
+    from coconut.data import open_dataset
+    from coconut.evaluation.interventions import has_images
+
+    source = open_dataset(job.data, image_root=image_root)
+    n_samples = min(len(source), job.options.limit or sys.maxsize)
+    having = (index for index in range(n_samples) if has_images(source, index))
+    return len(list(islice(having, 2))) == 2
+
+
+def require_room(checkpoint: Path, n_latents: int) -> None:
+    """Raises ConfigError where so many thoughts alone are more tokens than the decoder reads."""
     config = _config(checkpoint)
     decoder = config.get("text_config") or config.get("llm_config") or config
     most: int = decoder.get("max_position_embeddings") or decoder.get("n_positions") or sys.maxsize
-    return most
+    if n_latents >= most:
+        raise ConfigError(f"{n_latents} latents are more than fit: {checkpoint} reads {most} tokens at most")
 
 
 def _config(checkpoint: Path) -> dict[str, Any]:

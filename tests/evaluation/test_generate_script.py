@@ -110,6 +110,7 @@ def test_a_conversation_survives_mistakes(
         (["--input", "x"], "belong together"),
         (["--question", "?", "--image", "nowhere.png"], "--image nowhere.png is no file"),
         (["--question", "?", "--latents", "-1"], "--latents is -1"),
+        (["--question", "?", "--latents", "100000"], "100000 latents are more than fit"),
     ],
 )
 def test_a_mistake_gives_one_line(

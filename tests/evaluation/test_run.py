@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 import time
@@ -95,6 +96,21 @@ def test_a_stage_without_latents_has_no_noise_to_try(maze: Maze, tmp_path: Path)
     assert [job.out.name for job in jobs] == ["test", "test-images_shuffled"]
 
 
+def test_images_that_are_not_there_are_not_shuffled(
+    maze: Maze, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = tmp_path / "words.json"
+    rows = [{"question": "start a4 ?", "steps": [], "answer": "b2"} for _ in range(3)]
+    data.write_text(json.dumps(rows))
+    jobs = plan_jobs(maze.checkpoints[4], [data], tmp_path, EvaluationOptions(max_new_tokens=4), controls=True)
+    assert [job.out.name for job in jobs] == ["words", "words-noise"]
+    logger = logging.getLogger("coconut")  # does not propagate, once it writes to the console
+    logger.addHandler(caplog.handler)
+    evaluate_checkpoint(maze.checkpoints[4], jobs[:1], num_threads=1)
+    logger.removeHandler(caplog.handler)
+    assert "none of the first 3 samples has an image" in caplog.text
+
+
 def test_a_single_job_writes_to_the_folder_itself(maze: Maze, tmp_path: Path) -> None:
     jobs = plan_jobs(maze.checkpoints[0], [maze.shards], tmp_path, EvaluationOptions())
     assert [job.out for job in jobs] == [tmp_path]
@@ -107,6 +123,12 @@ def test_a_run_folder_stands_for_its_final_checkpoint(maze: Maze, tmp_path: Path
     final.mkdir()
     (final / "coconut.json").write_text("{}")
     assert find_checkpoint(tmp_path) == find_checkpoint(final) == final
+    with pytest.raises(CheckpointError, match=r"coconut.json is a file; give its folder"):
+        find_checkpoint(final / "coconut.json")
+    (tmp_path / "runs/maze").mkdir(parents=True)
+    final.rename(tmp_path / "runs/maze/final")
+    with pytest.raises(CheckpointError, match="contains maze/final"):
+        find_checkpoint(tmp_path / "runs")
     with pytest.raises(CheckpointError, match="contains stage_0, stage_4"):
         find_checkpoint(maze.checkpoints[0].parent)
 
