@@ -34,7 +34,7 @@ def load_tokenizer(id_or_path: str | Path) -> Any:
                 reason = f"it holds none of {', '.join(_TOKENIZER_FILES)}"
         raise ConfigError(
             f"no tokenizer can be loaded from {name!r}, read as a {kind}: {reason}. "
-            "Give (as model_id, or --checkpoint) a folder with tokenizer files, or a model that the hub or its cache holds"
+            "Give (model_id, --checkpoint) a folder with tokenizer files, or a model that the hub or its cache holds"
         ) from error
     missing = [token for token in SPECIAL_TOKENS if token not in tokenizer.get_vocab()]
     if missing:
