@@ -5,6 +5,7 @@
 of the arrow maze or, with --task prosqa, of a small ProsQA: graphs told in words, no picture.
 
     OUT/model/            the tiny model that every run starts from (no_cot_deep: OUT/model_deep/)
+    OUT/pretrained/       of ProsQA: that model after learning to read its context; every run starts from its end
     OUT/coconut/          Coconut's run folder; stage_0 is the CoT model, final the one that thinks in latent space
     OUT/no_cot_lr.../     answers without reasoning
     OUT/METHOD/           further methods, where --methods asks for them (docs/methods.md)
@@ -109,6 +110,22 @@ class Demo:
             if DEEP_NO_COT in self.others:
                 self._run(*self.task.model_command(self.out / "model_deep", self.task.deep_layers, self.seed))
 
+    def pretrain(self) -> None:
+        """What a model that is not made of random weights could do already."""
+        if self.task.pretraining is None:
+            return
+        for model in ("model", *(["model_deep"] if DEEP_NO_COT in self.others else [])):
+            run = self._pretrained(model)
+            self._train(run, f"training, {run.name}", ["method=cot"], self.out / model, self.task.pretraining)
+
+    def _pretrained(self, model: str) -> Path:
+        return self.out / model.replace("model", "pretrained")
+
+    def _start(self, deep: bool = False) -> Path:
+        """The model that a run starts from."""
+        model = "model_deep" if deep else "model"
+        return self.out / model if self.task.pretraining is None else self._pretrained(model) / "final"
+
     def train_coconut(self) -> None:
         self._train(self.coconut, "training, Coconut", ["method=coconut"])
 
@@ -127,8 +144,7 @@ class Demo:
                 settings.append(f"icot_tokens={self.task.step_tokens}")
             if method in SINGLE_STAGE:  # as long as Coconut's stages together
                 settings += ["uniform_prob=0", "advance_at=null", f"num_epochs={epochs}", f"max_steps={steps}"]
-            model = self.out / ("model_deep" if method == DEEP_NO_COT else "model")
-            self._train(run, f"training, {method}", settings, model)
+            self._train(run, f"training, {method}", settings, self._start(method == DEEP_NO_COT))
 
     def evaluate(self) -> dict[str, Path]:
         """Test data as it is, with images shuffled, with noise for thoughts; and, in the maze, paths that are new.
@@ -166,7 +182,9 @@ class Demo:
 
     # -- how --
 
-    def _train(self, run: Path, part: str, overrides: Sequence[str], model: Path | None = None) -> None:
+    def _train(
+        self, run: Path, part: str, overrides: Sequence[str], model: Path | None = None, config: str | None = None
+    ) -> None:
         if is_whole(run):
             print(f"{part}: there already ({run / 'final'})", flush=True)
             return
@@ -174,9 +192,9 @@ class Demo:
             self._run(
                 *("deepspeed", "--num_gpus", self.ranks),
                 *("--master_port", free_port(), "launch/train.py"),
-                *("--deepspeed", self.deepspeed, "--config", self.task.config),
+                *("--deepspeed", self.deepspeed, "--config", config or self.task.config),
                 *(f"save_path={run.parent}", f"name={run.name}", f"seed={self.seed}"),
-                f"model_id={model or self.out / 'model'}",
+                f"model_id={model or self._start()}",
                 # The test data is scored once, by the evaluation.
                 *("test_data_path=null", *(QUICK if self.quick else ()), *overrides),
             )
@@ -304,6 +322,7 @@ def main(argv: list[str] | None = None) -> int:
         demo.claim_folder()
         demo.add_time("set-up", arguments.setup_seconds)
         demo.make_data()
+        demo.pretrain()
         demo.train_coconut()
         demo.train_no_cot()
         demo.train_others()

@@ -30,6 +30,7 @@ class Task(ABC):
         config: file of args/.
         data: folder of the data, as `config` names it.
         tests: data sets to evaluate on; the controls are tried on the first.
+        pretraining: file of args/ for a run before all others, whose end they start from; None: from random weights.
         layers: of the decoder.
         thoughts: of the last stage.
         step_tokens: of a written step; icot takes as many away a stage.
@@ -40,6 +41,7 @@ class Task(ABC):
     config: str
     data: Path
     tests: tuple[Path, ...]
+    pretraining: str | None = None
     layers: int
     thoughts: int
     step_tokens: int
@@ -86,19 +88,24 @@ class ProsQA(Task):
     config = "args/prosqa_small.yaml"
     data = Path("data/prosqa_small")
     tests = (data / "test.json",)
+    pretraining = "args/prosqa_recite.yaml"
     layers = 2
     thoughts = 3
-    step_tokens = 6
+    step_tokens = 4
     max_new_tokens = 64
-    nodes = 8
-    names = 12
-    sizes = (("train", 10_000), ("val", 500), ("test", 1000))
+    drawn = ("--generate", "--terse", "--nodes", 12, "--names", 12)
+    #: Folder, further options, and how many of each split.
+    sets = (
+        (data, ("--even",), {"train": 10_000, "val": 500, "test": 1000}),
+        (data / "recite", ("--recite",), {"train": 10_000, "val": 100}),
+    )
 
     def data_commands(self, root: Path) -> Iterator[Words]:
-        for split, size in self.sizes:
-            if not (root / self.data / f"{split}.json").exists():
-                drawn = ("--generate", "--nodes", self.nodes, "--names", self.names, "--size", size, "--split", split)
-                yield ("launch/prepare_data.py", "prosqa", *drawn, "--out", self.data)
+        for folder, options, sizes in self.sets:
+            for split, size in sizes.items():
+                if not (root / folder / f"{split}.json").exists():
+                    what = (*self.drawn, *options, "--size", size, "--split", split)
+                    yield ("launch/prepare_data.py", "prosqa", *what, "--out", folder)
 
     def model_command(self, folder: Path, layers: int, seed: int) -> Words:
         model = ("--layers", layers, "--seed", seed, "--model-out", folder)

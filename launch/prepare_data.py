@@ -257,7 +257,14 @@ def _add_prosqa(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         if arguments.generate:
             size = arguments.size if arguments.size is not None else prosqa.SPLIT_SIZES[arguments.split]
             drawn = prosqa.generate(
-                arguments.split, size, arguments.seed, arguments.nodes, arguments.names, arguments.even
+                arguments.split,
+                size,
+                arguments.seed,
+                arguments.nodes,
+                arguments.names,
+                arguments.even,
+                arguments.terse,
+                arguments.recite,
             )
             rows: Iterable[tuple[str, sources.Row]] = ((f"generated:{i}", row) for i, row in enumerate(drawn))
         else:
@@ -278,6 +285,10 @@ def _add_prosqa(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.add_argument("--names", type=int, help=names)
     even = "the wrong answer lies as deep as the right one, so that only following edges tells them apart"
     parser.add_argument("--even", action="store_true", help=even)
+    terse = "say an edge with its two names alone; a tiny decoder learns it sooner"
+    parser.add_argument("--terse", action="store_true", help=terse)
+    recite = "ask to read the statements out in another order: what a decoder with random weights has to learn first"
+    parser.add_argument("--recite", action="store_true", help=recite)
 
 
 def _add_decoder(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -1,6 +1,7 @@
 """ProsQA, generated as the paper describes (arXiv 2412.06769, appendix A.2), in the layout of its public files.
 
     seed --grow_graph--> edges, labels --draw_problem--> the public record (question, steps, answer, graph)
+                                                            --recital--> a record that asks to read the question out
 
 A directed graph grows from two roots: node 0, an entity, and node 1. Every node is labelled with the roots it descends
 from. The right answer descends from node 0 alone, the wrong one from node 1 alone, so that only following edges
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -89,7 +91,14 @@ Edge = tuple[int, int]  # from a node to one of its kinds
 
 
 def generate(
-    split: str, size: int, seed: int, n_nodes: int = N_NODES, n_names: int | None = None, even: bool = False
+    split: str,
+    size: int,
+    seed: int,
+    n_nodes: int = N_NODES,
+    n_names: int | None = None,
+    even: bool = False,
+    terse: bool = False,
+    recite: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """The records of a split, each a function of (seed, split, its number) alone.
 
@@ -103,6 +112,9 @@ def generate(
         even: the wrong answer is as far below node 1 as the right one may be below node 0. As the paper draws it, it
             is mostly nearer, and the nodes and names right above the two answers tell them apart without a step:
             in 97 % of graphs of 8 nodes, 76 % of 23.
+        terse: say an edge with its two names alone, "Alex bompus.": half as many tokens, and what is looked up stands
+            right beside where it is found.
+        recite: make of each problem one of reading it out, by `recital`.
 
     Raises:
         DataError: a size or number of nodes that cannot be met.
@@ -118,7 +130,9 @@ def generate(
     names = ENTITIES[: (n_names + 1) // 2], CONCEPTS[:n_names]
     for number in range(size):
         digest = hashlib.sha256(f"prosqa\0{seed}\0{split}\0{number}".encode()).digest()
-        yield draw_problem(np.random.default_rng(int.from_bytes(digest[:16], "big")), n_nodes, *names, even)
+        rng = np.random.default_rng(int.from_bytes(digest[:16], "big"))
+        problem = draw_problem(rng, n_nodes, *names, even, terse)
+        yield recital(rng, problem) if recite else problem
 
 
 def grow_graph(rng: np.random.Generator, n_nodes: int) -> tuple[list[Edge], list[int]]:
@@ -129,14 +143,18 @@ def grow_graph(rng: np.random.Generator, n_nodes: int) -> tuple[list[Edge], list
     """
     edges: list[Edge] = []
     labels, depths = [1, 2], [0, 0]
+    # All at once: a draw by itself takes numpy longer than everything else that a node needs.
+    n_parents, draws = rng.poisson(MEAN_PARENTS, n_nodes).tolist(), rng.random(n_nodes).tolist()
+    waits = rng.standard_exponential((n_nodes, n_nodes)).tolist()
     for node in range(2, n_nodes):
-        n_parents, draw = int(rng.poisson(MEAN_PARENTS)), rng.random()
         # A third of the nodes must stay off node 1's side, a third off node 0's; the rest may mix both.
-        allowed = {0, 1} if draw <= 0.35 else {0, 2} if draw <= 0.7 else {0, 1, 2, 3}
-        candidates = [other for other in range(node) if labels[other] in allowed]
-        weights = np.array([depths[other] * 1.5 + 1 for other in candidates])  # deep nodes first: longer chains
-        n_parents = min(n_parents, len(candidates))
-        parents = rng.choice(candidates, n_parents, replace=False, p=weights / weights.sum()).tolist()
+        allowed = {0, 1} if draws[node] <= 0.35 else {0, 2} if draws[node] <= 0.7 else {0, 1, 2, 3}
+        # Whoever waits shortest, at a rate of its weight (Efraimidis and Spirakis 2006): a weighted choice without
+        # replacement. Deep nodes first: longer chains.
+        wait = {
+            other: waits[node][other] / (depths[other] * 1.5 + 1) for other in range(node) if labels[other] in allowed
+        }
+        parents = sorted(wait, key=wait.__getitem__)[: n_parents[node]]
         edges += [(parent, node) for parent in parents]
         label = 0
         for parent in parents:
@@ -152,6 +170,7 @@ def draw_problem(
     entities: tuple[str, ...] = ENTITIES,
     concepts: tuple[str, ...] = CONCEPTS,
     even: bool = False,
+    terse: bool = False,
 ) -> dict[str, Any]:
     """One problem with the fields of the public files: question, steps, answer, idx_to_symbol, edges, root, target,
     neg_target."""
@@ -170,15 +189,16 @@ def draw_problem(
     kinds = {end for _, end in edges}
     drawn = iter(rng.permutation(entities)), iter(rng.permutation(concepts))
     names = [str(next(drawn[node in kinds])) for node in range(n_nodes)]
-    said = [_statement(names, edge, kinds) for edge in edges]
+    said = [_statement(names, edge, kinds, terse) for edge in edges]
     either = [names[target], names[neg_target]]
     rng.shuffle(said)
     rng.shuffle(either)
     path = paths[target]
+    asked = f"{names[0]} {either[0]} or {either[1]}?" if terse else f"Is {names[0]} a {either[0]} or {either[1]}?"
     return {
-        "question": f"{' '.join(said)} Is {names[0]} a {either[0]} or {either[1]}?",
-        "steps": [_statement(names, (path[i], path[i + 1]), kinds) for i in range(len(path) - 1)],
-        "answer": f"{names[0]} is a {names[target]}.",
+        "question": f"{' '.join(said)} {asked}",
+        "steps": [_statement(names, edge, kinds, terse) for edge in pairwise(path)],
+        "answer": _statement(names, (0, target), kinds, terse),
         "idx_to_symbol": names,
         "edges": [list(edge) for edge in edges],
         "root": 0,
@@ -206,6 +226,20 @@ def closing_question(question: str) -> str:
     return question.rpartition(". ")[2]
 
 
-def _statement(names: list[str], edge: Edge, kinds: set[int]) -> str:
+def recital(rng: np.random.Generator, problem: dict[str, Any]) -> dict[str, Any]:
+    """A problem's statements as a question, and once more in another order as its steps and, the last, its answer.
+
+    A decoder with random weights learns from it to find in its context what follows a name, which a pretrained one
+    comes with. Nothing is asked of the graph.
+    """
+    question = problem["question"].removesuffix(closing_question(problem["question"])).rstrip()
+    said = [f"{words}." for words in question.removesuffix(".").split(". ")]
+    rng.shuffle(said)
+    return {"question": question, "steps": said[:-1], "answer": said[-1]}
+
+
+def _statement(names: list[str], edge: Edge, kinds: set[int], terse: bool) -> str:
     start, end = edge
+    if terse:
+        return f"{names[start]} {names[end]}."
     return f"{'Every ' if start in kinds else ''}{names[start]} is a {names[end]}."

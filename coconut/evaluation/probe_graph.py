@@ -5,6 +5,8 @@ led to, so the probability of each name in the place after "Every" is what the t
 
     question, k thoughts, "Every"  ->  p(name of each node)  ->  on the path | reached otherwise | not reached
 
+Where statements are terse ("Alex bompus."), a step begins with the name itself.
+
 Shapes: N questions, K thoughts.
 """
 
@@ -21,9 +23,8 @@ from coconut.evaluation.probe import Study
 from coconut.evaluation.thoughts import collate_questions, likelihood, think
 from coconut.types import Sample
 
-BEGINNING = "Every"
-_FACT = re.compile(r"(?:Every )?(\w+) is a (\w+)\.")
-_QUESTION = re.compile(r"Is (\w+) a (\w+) or (\w+)\?$")
+_FACT = re.compile(r"(?:Every )?(\w+) (?:is a )?(\w+)\.")
+_QUESTION = re.compile(r"(?:Is )?(\w+) (?:a )?(\w+) or (\w+)\?$")
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Graph:
     options: tuple[str, str]
     path: tuple[str, ...]  # root first, as the sample's steps go
     answer: str
+    beginning: str  # of a step, before the name of its node
 
     def layers(self) -> list[set[str]]:
         """Nodes by the number of edges that a way from the root may have; a node can stand in several."""
@@ -68,7 +70,8 @@ def read_graph(sample: Sample) -> Graph | None:
         path.append(step[2])
     if _has_cycle(kinds):
         return None
-    return Graph(kinds, root, (options[0], options[1]), tuple(path), path[-1])
+    beginning = "Every " if any(step.startswith("Every ") for step in sample.steps) else ""
+    return Graph(kinds, root, (options[0], options[1]), tuple(path), path[-1], beginning)
 
 
 def _has_cycle(kinds: dict[str, tuple[str, ...]]) -> bool:
@@ -118,7 +121,6 @@ def _probabilities(study: Study, graphs: Sequence[Graph], rows: Sequence[int], n
     """Of each graph's names, p(name | question, n thoughts, "Every")."""
     spec = dataclasses.replace(study.loaded.spec, n_latents=n, pad_latent_to_max=True)
     encoder, model = study.loaded.encoder, study.model
-    n_begin = len(_ids(study, BEGINNING))
     found: list[dict[str, float]] = []
     size = max(len(batch.rows) for batch in study.batches)
     for first in range(0, len(rows), size):
@@ -131,8 +133,9 @@ def _probabilities(study: Study, graphs: Sequence[Graph], rows: Sequence[int], n
         for number in range(max(map(len, names))):
             # A row with fewer nodes reads its first again, and forgets it.
             told = [own[number] if number < len(own) else own[0] for own in names]
-            targets = tuple(tuple(_ids(study, f"{BEGINNING} {name}")) for name in told)
-            lengths = tuple(len(target) - n_begin for target in targets)
+            begun = [len(_ids(study, graph.beginning.rstrip())) for graph in known]
+            targets = tuple(tuple(_ids(study, graph.beginning + name)) for graph, name in zip(known, told, strict=True))
+            lengths = tuple(len(target) - n for target, n in zip(targets, begun, strict=True))
             values = likelihood(model, memory, dataclasses.replace(prompts, targets=targets, answer_lengths=lengths))
             for row, value in enumerate(values):
                 if number < len(names[row]):

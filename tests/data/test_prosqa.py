@@ -93,3 +93,30 @@ def test_an_even_problem_is_not_told_by_what_stands_right_above_the_answers() ->
     assert told(list(generate("train", 100, seed=0, n_nodes=12, n_names=12))) > 0.75
     with pytest.raises(DataError, match="at least 10"):
         next(generate("train", 1, seed=0, n_nodes=9, even=True))
+
+
+def test_terse_problems_are_the_same_problems() -> None:
+    def shorten(text: str) -> str:
+        return text.replace("Every ", "").replace("Is ", "").replace(" is a ", " ").replace(" a ", " ")
+
+    both = (generate("val", 20, 0, 12, even=True, terse=terse) for terse in (False, True))
+    for long, short in zip(*both, strict=True):
+        assert short != long
+        assert short == {
+            **long,
+            "question": shorten(long["question"]),
+            "steps": [shorten(step) for step in long["steps"]],
+            "answer": shorten(long["answer"]),
+        }
+
+
+@pytest.mark.parametrize("terse", [False, True])
+def test_a_recital_says_every_statement_once_more_in_another_order(terse: bool) -> None:
+    orders = 0
+    for record in generate("train", 20, 0, 12, terse=terse, recite=True):
+        told = [f"{words}." for words in record["question"].rstrip(".").split(". ")]
+        said = [*record["steps"], record["answer"]]
+        assert sorted(told) == sorted(said)
+        assert "?" not in record["question"]
+        orders += told != said
+    assert orders == 20

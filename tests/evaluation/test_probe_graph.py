@@ -28,9 +28,9 @@ from coconut.utils.tokenizer import load_tokenizer, special_token_ids
 from .conftest import ListSource
 
 
-@pytest.fixture(scope="module")
-def samples() -> list[Sample]:
-    rows = ((f"row {i}", row) for i, row in enumerate(generate("test", 12, seed=0, n_nodes=12)))
+@pytest.fixture(scope="module", params=[False, True], ids=["in the paper's words", "terse"])
+def samples(request: pytest.FixtureRequest) -> list[Sample]:
+    rows = ((f"row {i}", row) for i, row in enumerate(generate("test", 12, seed=0, n_nodes=12, terse=request.param)))
     return list(to_samples(rows, "test", picture=False))
 
 
@@ -76,7 +76,8 @@ def test_the_search_is_what_a_plain_forward_pass_gives(samples: list[Sample], ch
         prompt = features["input_ids"][: features["prompt_length"]].tolist()
         assert prompt.count(latent) == int(k)
         for name, share in shares.items():
-            begin, name_ids = study.tokenizer("Every").input_ids, study.tokenizer(f" {name}").input_ids
+            begins = ("Every", f" {name}") if sample.steps[1].startswith("Every") else ("", name)
+            begin, name_ids = (study.tokenizer(words).input_ids for words in begins)
             ids = torch.tensor([[*prompt, *begin, *name_ids]])
             with torch.no_grad():
                 logits = study.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0]

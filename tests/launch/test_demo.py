@@ -170,17 +170,19 @@ def test_every_method_on_prosqa(script, start, tmp_path, monkeypatch):
     (tmp_path / "ds_configs").symlink_to(SCRIPT.parents[1] / "ds_configs")
     status, commands = start("--task", "prosqa", "--methods", "--deepspeed", "ds_configs/zero1.json")
     assert status == 0
-    assert [words[1] for words in commands[:5]] == ["prosqa"] * 3 + ["decoder"] * 2
-    layers = [words[words.index("--layers") + 1] for words in commands[3:5]]
+    assert [words[1] for words in commands[:7]] == ["prosqa"] * 5 + ["decoder"] * 2
+    layers = [words[words.index("--layers") + 1] for words in commands[5:7]]
     assert layers == ["2", "8"]
+    for words, model in zip(commands[7:9], ("model", "model_deep"), strict=True):
+        assert "args/prosqa_recite.yaml" in words and f"model_id={tmp_path / 'out' / model}" in words
     trained = [
         next(word for word in words if word.startswith("method=")) for words in commands if "launch/train.py" in words
     ]
-    assert trained == ["method=coconut", "method=no_cot"] + [
+    assert trained == ["method=cot"] * 2 + ["method=coconut", "method=no_cot"] + [
         f"method={'no_cot' if name == 'no_cot_deep' else name}" for name in script.OTHER_METHODS
     ]
-    for words in commands:
+    for words in commands[9:]:
         if "launch/train.py" in words:
             assert "args/prosqa_small.yaml" in words and "ds_configs/zero1.json" in words
-    deep = next(words for words in commands if "name=no_cot_deep" in words)
-    assert any(word.endswith("model_deep") for word in deep)
+            start_from = "pretrained_deep" if "name=no_cot_deep" in words else "pretrained"
+            assert f"model_id={tmp_path / 'out' / start_from / 'final'}" in words
