@@ -271,10 +271,10 @@ def _frontier_table(numbers: dict[str, Any]) -> dict[str, Any] | None:
         for row in frontier["rows"]
     ]
     intro = (
-        "The model is made to write after some of its thoughts: the probability of each node's name after “Every” in "
-        "the step that would come next. A search in breadth keeps several nodes open and narrows down; a model that "
-        "walks one path puts all on one node at once. In the figures a node that is already left has little, the line "
-        "is the written path, the answer is bold."
+        "The model is made to write after some of its thoughts: the probability that the step which would come next "
+        "begins with each node's name (after “Every”, where steps begin so). A search in breadth keeps several nodes "
+        "open and narrows down; a model that walks one path puts all on one node at once. In the figures a node that "
+        "is already left has little, the line is the written path, the answer is bold."
     )
     head = [
         "nodes so many edges from the root",
