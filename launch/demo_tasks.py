@@ -89,14 +89,14 @@ class ProsQA(Task):
     data = Path("data/prosqa_small")
     tests = (data / "test.json",)
     pretraining = "args/prosqa_recite.yaml"
-    layers = 2
+    layers = 3
     thoughts = 3
     step_tokens = 4
     max_new_tokens = 64
     drawn = ("--generate", "--terse", "--nodes", 12, "--names", 12)
     #: Folder, further options, and how many of each split.
     sets = (
-        (data, ("--even",), {"train": 10_000, "val": 500, "test": 1000}),
+        (data, ("--even",), {"train": 20_000, "val": 500, "test": 1000}),
         (data / "recite", ("--recite",), {"train": 10_000, "val": 100}),
     )
 
