@@ -141,7 +141,9 @@ class Demo:
         for method, run in self.others.items():
             settings = [f"method={'no_cot' if method == DEEP_NO_COT else method}"]
             if method == "icot":
-                settings += self.task.icot
+                settings.append(f"icot_tokens={self.task.step_tokens}")
+            if method.startswith("pause"):
+                settings.append("latent_feedback=hidden")  # nothing is fed back
             if method in SINGLE_STAGE:  # as long as Coconut's stages together
                 settings += ["uniform_prob=0", "advance_at=null", f"num_epochs={epochs}", f"max_steps={steps}"]
             self._train(run, f"training, {method}", settings, self._start(method == DEEP_NO_COT))

@@ -33,7 +33,7 @@ class Task(ABC):
         pretraining: file of args/ for a run before all others, whose end they start from; None: from random weights.
         layers: of the decoder.
         thoughts: of the last stage.
-        icot: settings of icot; it takes a written step's tokens away a stage.
+        step_tokens: of a written step; icot takes as many away a stage.
         max_new_tokens: more than the longest text written out.
     """
 
@@ -44,7 +44,7 @@ class Task(ABC):
     pretraining: str | None = None
     layers: int
     thoughts: int
-    icot: tuple[str, ...]
+    step_tokens: int
     max_new_tokens: int
 
     @property
@@ -70,7 +70,7 @@ class ArrowMaze(Task):
     tests = (data / "shards/test", data / "shards/test_paths")
     layers = 3
     thoughts = 4
-    icot = ("icot_tokens=4",)
+    step_tokens = 4
     max_new_tokens = 32
 
     def data_commands(self, root: Path) -> Iterator[Words]:
@@ -90,8 +90,8 @@ class ProsQA(Task):
     tests = (data / "test.json",)
     pretraining = "args/prosqa_recite.yaml"
     layers = 3
-    thoughts = 2
-    icot = ("icot_tokens=4", "max_latent_stage=3")  # its last stage writes no step, and takes away one here as well
+    thoughts = 6
+    step_tokens = 4
     max_new_tokens = 64
     drawn = ("--generate", "--terse", "--nodes", 12, "--names", 12)
     #: Folder, further options, and how many of each split.

@@ -11,6 +11,7 @@ output repeats each record with "prediction", the whole text, and "predicted_ans
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that the script runs from a clone that is not installed
 
+from coconut.evaluation.result import require_folder
 from coconut.evaluation.run import find_checkpoint, require_room, require_stage
 from coconut.types import CoconutError, ConfigError
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from coconut.evaluation.ask import Settings
     from coconut.evaluation.loaded import Loaded
 
+LEAST_TEMPERATURE = 1e-4  # below, logits divided by it leave the range of their numbers
 HELP = """  any text           is the next question, about the current picture
   :image PATH ...    show this picture from now on (:image alone: none)
   :latents N         think N thoughts before answering (:latents alone: the checkpoint's own number)
@@ -76,7 +79,7 @@ def check(arguments: argparse.Namespace) -> None:
         ("num_threads", 1),
     ):
         value = getattr(arguments, name)
-        if value is not None and value < least:
+        if value is not None and not value >= least:  # nor is NaN
             raise ConfigError(f"--{name.replace('_', '-')} is {value}; give a number of at least {least}")
     if (arguments.input is None) != (arguments.output is None):
         raise ConfigError("--input and --output belong together: a file of questions, and one to write the answers to")
@@ -87,6 +90,13 @@ def check(arguments: argparse.Namespace) -> None:
             raise ConfigError(f"--input {arguments.input} is no file")
         if arguments.output.resolve() == arguments.input.resolve():
             raise ConfigError(f"--output {arguments.output} would overwrite --input; choose another file")
+        if arguments.output.is_dir():
+            raise ConfigError(f"--output {arguments.output} is a folder; name a file")
+        require_folder(arguments.output.parent)
+    if 0 < arguments.temperature < LEAST_TEMPERATURE:
+        raise ConfigError(f"--temperature {arguments.temperature} is no different from 0: give 0, the likeliest token")
+    if not 0 <= arguments.seed < 2**32:
+        raise ConfigError(f"--seed is {arguments.seed}; give a number from 0 to {2**32 - 1}")
     for image in arguments.image:
         if not Path(image).is_file():
             raise ConfigError(f"--image {image} is no file")
@@ -159,7 +169,7 @@ def converse(loaded: Loaded, images: list[str], settings: Settings, read: Callab
             return
         try:
             if command == ":image":
-                images = rest.split()
+                images = _pictures(rest)
             elif command == ":latents":
                 settings = replace(settings, n_latents=_number(rest))
             elif command.startswith(":"):
@@ -168,6 +178,18 @@ def converse(loaded: Loaded, images: list[str], settings: Settings, read: Callab
                 speak(loaded, line, images, settings)
         except CoconutError as error:  # a picture that is not there must not end the conversation
             print(f"error: {error}")
+
+
+def _pictures(text: str) -> list[str]:
+    """Paths as a shell reads them, so that one in quotes may hold blanks."""
+    try:
+        paths = shlex.split(text)
+    except ValueError as error:
+        raise ConfigError(f":image {text}: {error}") from error
+    missing = [path for path in paths if not Path(path).is_file()]
+    if missing:
+        raise ConfigError(f":image {missing[0]} is no file; put a path with blanks in quotes")
+    return paths
 
 
 def _number(text: str) -> int | None:

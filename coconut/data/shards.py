@@ -181,7 +181,13 @@ def open_dataset(
         return ShardReader(path, allow_damage=allow_damage)
     samples = read_samples(path, image_root=image_root)
     cache = Path(cache_dir)
-    cache.mkdir(parents=True, exist_ok=True)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"{path} is made into shards below {cache.resolve()}, which cannot be written ({error.strerror}); "
+            "start from a folder where you may write"
+        ) from error
     target = cache / f"{path.stem}-{_content_key(path, samples)}"
     with locked(cache, wait=True):
         if not (target / MANIFEST).is_file():

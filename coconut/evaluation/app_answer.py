@@ -17,6 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
@@ -25,7 +26,7 @@ from coconut.evaluation.ask import Reply, Settings, ask, prompt_features, questi
 from coconut.evaluation.loaded import Loaded
 from coconut.evaluation.probe_look import Look, Seen, look, paint, shows_whole_picture
 from coconut.evaluation.probe_words import lens
-from coconut.evaluation.score import extract_answer
+from coconut.evaluation.score import ANSWER_MARK, extract_answer
 from coconut.types import CoconutError, DataError
 
 logger = logging.getLogger(__name__)
@@ -101,7 +102,7 @@ class Answerer:
         if picture is not None and self.takes_pictures:
             open_image(picture)  # its message says "image", not in which record and where
             sample = replace(sample, images=(picture,))
-        features = prompt_features(self.loaded, sample, n_latents)
+        features = prompt_features(self.loaded, sample, n_latents, self.max_new_tokens)
         model, tokenizer = self.loaded.model, self.loaded.tokenizer
         calls = model.calls_of_thoughts(n_latents)
         started = time.perf_counter()
@@ -124,7 +125,7 @@ class Answerer:
         finally:
             tokens.stopped.set()  # whoever asked may have left
         whole = so_far(reply.text, reply.n_generated)
-        views, note = self._worker.submit(self._look_inside, features, n_latents, picture).result()
+        views, note = self._worker.submit(self._look_inside, features, n_latents, picture, ids).result()
         yield replace(whole, views=views, note=note, done=True)
 
     def _check(self, picture: bytes | None, text: str, n_latents: int) -> None:
@@ -140,20 +141,30 @@ class Answerer:
             raise DataError(f"{n_latents} thoughts were asked for; this checkpoint takes 0 to {self.max_latents}.")
 
     def _look_inside(
-        self, features: dict[str, Any], n_latents: int, picture: bytes | None
+        self, features: dict[str, Any], n_latents: int, picture: bytes | None, written: list[int]
     ) -> tuple[tuple[ThoughtView, ...], str]:
+        length = len(features["input_ids"])
+        # The answer's first word is computed where the mark before it ends.
+        said = self._up_to_answer(written)
+        features = {**features, "input_ids": torch.cat([features["input_ids"], torch.tensor(said, dtype=torch.long)])}
+        last = "answer" if said else "first word"
         note = "" if picture is None else self._undrawable(features)
         draw = picture is not None and not note
-        length = len(features["input_ids"])
         # Of the span <start> <latent> * K <end> at the prompt's end, a thought is computed one column before its own.
         queries = {f"thought {t + 1}": length - 2 - n_latents + t for t in range(n_latents)}
-        seen = look(self.loaded, features, {**queries, "answer": length - 1}, draw=draw)
+        seen = look(self.loaded, features, {**queries, last: length + len(said) - 1}, draw=draw)
         opened = open_image(picture) if draw and picture is not None else None
         looks = {one.label: one for one in seen.looks}
         views = [self._view(label, seen, number, looks.get(label), opened) for number, label in enumerate(queries)]
-        if "answer" in looks:
-            views.append(self._view("answer", seen, None, looks["answer"], opened))
+        if last in looks:
+            views.append(self._view(last, seen, None, looks[last], opened))
         return tuple(views), note
+
+    def _up_to_answer(self, written: list[int]) -> list[int]:
+        """What was written up to the mark before the answer; nothing where there is no mark."""
+        mark = self.loaded.tokenizer(ANSWER_MARK, add_special_tokens=False)["input_ids"]
+        ends = [end for end in range(len(mark), len(written) + 1) if written[end - len(mark) : end] == mark]
+        return written[: ends[-1]] if ends else []
 
     def _view(self, label: str, seen: Seen, number: int | None, drawn: Look | None, picture: Any) -> ThoughtView:
         words: list[dict[str, Any]] = []

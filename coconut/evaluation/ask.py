@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from coconut.data.sample import read_records, sample_from_record
-from coconut.evaluation.loaded import Loaded
+from coconut.evaluation.loaded import Loaded, require_fit
 from coconut.evaluation.score import extract_answer
-from coconut.types import DataError, Sample
+from coconut.types import ConfigError, DataError, Sample
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,13 @@ def ask(loaded: Loaded, samples: Sequence[Sample], settings: Settings, streamer:
         streamer: a transformers streamer, for a single question.
 
     Raises:
-        DataError: an image cannot be read, or the model takes none.
+        DataError: an image cannot be read, the model takes none, or the text would be longer than it reads.
+        ConfigError: thoughts of a model that was trained without.
     """
     model, tokenizer = loaded.model, loaded.tokenizer
     n_latents = loaded.spec.n_latents if settings.n_latents is None else settings.n_latents
-    batch = loaded.collator.collate_prompts([prompt_features(loaded, sample, n_latents) for sample in samples])
+    features = [prompt_features(loaded, sample, n_latents, settings.max_new_tokens) for sample in samples]
+    batch = loaded.collator.collate_prompts(features)
     tensors = {name: value.to(model.device) for name, value in batch.tensors.items() if isinstance(value, Tensor)}
     ids_BT = model.generate(
         pixel_values=tensors.get("pixel_values"),
@@ -85,13 +87,19 @@ def ask(loaded: Loaded, samples: Sequence[Sample], settings: Settings, streamer:
     return replies
 
 
-def prompt_features(loaded: Loaded, sample: Sample, n_latents: int) -> dict[str, Any]:
-    """As `SampleEncoder` makes them, but with a number of thoughts that does not come from written steps."""
+def prompt_features(loaded: Loaded, sample: Sample, n_latents: int, n_new: int = 0) -> dict[str, Any]:
+    """As `SampleEncoder` makes them, but with a number of thoughts that does not come from written steps.
+
+    `n_new` tokens have to fit behind them.
+    """
+    if n_latents and not loaded.spec.markers:
+        raise ConfigError(f"{n_latents} latents: this checkpoint was trained without thoughts ({loaded.spec.method})")
     features = loaded.encoder.encode(sample)
     ids = list(features["text"].prompt)
     if n_latents or loaded.spec.markers:
         start, latent, end = loaded.model.latent_ids
         ids += [start, *([latent] * n_latents), end]
+    require_fit(loaded.model, sample.source or sample.key, len(ids) + n_new)
     return {
         **features,
         "input_ids": torch.tensor(ids),
@@ -131,9 +139,15 @@ def answer_file(
             lines = _answer_chunk(loaded, chunk, path, root, settings)
             n_failed += sum("error" in line for line in lines)
             n_answered += sum("error" not in line for line in lines)
-            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            file.writelines(_line(line) + "\n" for line in lines)
             file.flush()
     return n_answered, n_failed
+
+
+def _line(record: dict[str, Any]) -> str:
+    text = json.dumps(record, ensure_ascii=False)
+    is_broken = any("\ud800" <= character <= "\udfff" for character in text)
+    return json.dumps(record) if is_broken else text  # JSON can say half a surrogate pair, UTF-8 cannot
 
 
 def _chunks(records: Iterator[tuple[int, Any]], size: int) -> Iterator[list[tuple[int, Any]]]:
@@ -154,12 +168,14 @@ def _answer_chunk(
     asked: list[tuple[int, Sample]] = []
     for number, record in chunk:
         line = dict(record) if isinstance(record, dict) else {"record": record}
+        line.pop("error", None)  # of an earlier answering: this one says its own
         lines.append(line)
-        # Steps and answer are what training needs; a question that is only asked may come without.
-        whole = {"steps": [], "answer": "", **record} if isinstance(record, dict) else record
+        # Steps and answer are what training needs; a question that is only asked may come without, or with anything.
+        whole = {**record, "steps": [], "answer": ""} if isinstance(record, dict) else record
         try:
             sample = sample_from_record(whole, key=str(number), source=f"{path}:{number}", image_root=root)
-            loaded.encoder.encode(sample)  # one faulty image must not cost its batch
+            n_latents = loaded.spec.n_latents if settings.n_latents is None else settings.n_latents
+            prompt_features(loaded, sample, n_latents, settings.max_new_tokens)  # a faulty one must not cost its batch
             asked.append((len(lines) - 1, sample))
         except DataError as error:
             line["error"] = str(error)

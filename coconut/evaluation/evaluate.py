@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from coconut.evaluation.interventions import SampleSource, image_donors, noise_like_thoughts
+from coconut.evaluation.loaded import require_fit
 from coconut.evaluation.metrics import right_choice, score
 from coconut.evaluation.progress import DoneBatch, Progress
 from coconut.evaluation.result import EvaluationOptions, EvaluationResult, Prediction
@@ -84,7 +85,7 @@ def evaluate(
     for first in range(0, len(todo), world):
         number = todo[first + rank] if first + rank < len(todo) else None
         indices = range(0) if number is None else batches[number]
-        asked = _prepare(indices, source, encoder, spec, model.latent_ids, donors, options.metric)
+        asked = _prepare(indices, source, encoder, spec, model, donors, options)
         features = [item.features for item in asked if item.features is not None]
         started = time.perf_counter()
         if options.by == "likelihood":
@@ -133,20 +134,22 @@ def _prepare(
     source: SampleSource,
     encoder: SampleEncoder,
     spec: StageSpec,
-    latent_ids: tuple[int, int, int],
+    model: MultimodalCoconut,
     donors: dict[int, int] | None,
-    metric: str,
+    options: EvaluationOptions,
 ) -> list[_Asked]:
+    n_new = options.max_new_tokens if options.by == "generation" else 0
     asked = []
     for index in indices:
         sample, images_from = None, None
         try:
             sample = source.read(index)
-            score(metric, None, sample)  # a sample that cannot be judged is not asked
+            score(options.metric, None, sample)  # a sample that cannot be judged is not asked
             if donors is not None and index in donors:
                 donor = source.read(donors[index])
                 sample, images_from = dataclasses.replace(sample, images=donor.images), donor.key
-            features = encoder.with_stage(encoder.encode(sample), spec, latent_ids)
+            features = encoder.with_stage(encoder.encode(sample), spec, model.latent_ids)
+            require_fit(model, sample.key, features["prompt_length"] + n_new)
             asked.append(_Asked(index, sample, features, images_from))
         except DataError as error:  # counted and named, never dropped; and no rank may leave the others waiting
             asked.append(_Asked(index, sample, None, images_from, str(error)))

@@ -4,21 +4,25 @@ OUT/config.json, model.safetensors, generation_config.json      plain transforme
 OUT/tokenizer ..., preprocessor_config.json
 OUT/coconut.json                                                latent ids, prompt template, stage
 OUT/README.md                                                   the model card
+OUT/original/                                                   InternVL's own format, where it is asked for
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from coconut.data.image import ImageProcessor
 from coconut.evaluation.card import model_card, public_config
 from coconut.evaluation.collect import read_evaluation
 from coconut.model.backbones import backbone_class, normalise_pixels
+from coconut.model.backbones.original_internvl import export_original
 from coconut.model.coconut import MultimodalCoconut
 from coconut.types import LATENT_TOKEN, CheckpointError, ConfigError, StageSpec
 
@@ -86,6 +90,58 @@ def export(
     return difference
 
 
+def export_original_internvl(out: Path, original: Path) -> float:
+    """Write OUT/original in the format that InternVL was published in, and compare what it loads as.
+
+    Args:
+        out: folder that `export` wrote; LoRA is merged there.
+        original: folder of the published model that training began with: its configuration and code are taken over.
+
+    Returns:
+        the largest difference of logits between the two folders.
+
+    Raises:
+        CheckpointError: the logits differ by more than TOLERANCE.
+    """
+    from coconut.utils.tokenizer import load_tokenizer
+
+    config = read_original_config(original)
+    model = MultimodalCoconut.from_pretrained(out)
+    folder = out / "original"
+    export_original(model.base_model.state_dict(), config, folder)
+    load_tokenizer(out).save_pretrained(folder)
+    for file in sorted(original.iterdir()):  # code that auto_map names, the licence, the preprocessor
+        is_weights = file.name.endswith((".safetensors", ".bin", ".index.json"))
+        if file.is_file() and not is_weights and not (folder / file.name).exists():
+            shutil.copy(file, folder)
+    again = MultimodalCoconut.from_pretrained(folder).to(model.base_model.dtype).eval()
+    again.prompt_template = model.prompt_template
+    with torch.no_grad():
+        ids, tiles = _example(model)
+        ours, theirs = (m.eval()(input_ids=ids, pixel_values=tiles).logits for m in (model, again))
+    difference = float((ours - theirs).abs().max())
+    if not difference <= TOLERANCE:
+        raise CheckpointError(f"the logits of {folder} differ by {difference:.2g}, more than {TOLERANCE}")
+    return difference
+
+
+def read_original_config(original: Path) -> dict[str, Any]:
+    """config.json of a folder in InternVL's own format.
+
+    Raises:
+        ConfigError: there is none, or it is of another format.
+    """
+    try:
+        config: dict[str, Any] = json.loads((original / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{original} has no config.json that can be read ({error})") from error
+    if "llm_config" not in config:
+        raise ConfigError(
+            f"{original} is not in InternVL's own format (InternVLChatModel): its config has no llm_config"
+        )
+    return config
+
+
 def is_hub_id(name: str) -> bool:
     """Whether a model's name is OWNER/NAME of a hub, and no folder here."""
     return name.count("/") == 1 and not name.startswith(("/", ".")) and not Path(name).exists()
@@ -128,20 +184,28 @@ def compare_logits(model: MultimodalCoconut, folder: Path) -> float:
     """Largest difference of logits on a prompt without thoughts, with a random picture where the model takes any."""
     auto_class = backbone_class(model.base_model.config.model_type).auto_class
     plain = auto_class.from_pretrained(str(folder), dtype=model.base_model.dtype).eval()
+    ids, tiles = _example(model)
+    pixels = {}
+    if tiles is not None:
+        mean, std, dtype = model.pixel_mean, model.pixel_std, model.base_model.dtype
+        pixels = {"pixel_values": normalise_pixels(tiles, mean, std, dtype)}
+    ours = model(input_ids=ids, pixel_values=tiles).logits
+    return float((plain(input_ids=ids, **pixels).logits - ours).abs().max())
+
+
+def _example(model: MultimodalCoconut) -> tuple[Tensor, Tensor | None]:
+    """A prompt of random words without thoughts, and a random tile (uint8) where the model takes any."""
     assert model.prompt_template is not None
     generator = torch.Generator().manual_seed(0)
     words = torch.randint(model.backbone.text_config.vocab_size, (24,), generator=generator).tolist()
     special = {*model.latent_ids, model.backbone.image_token_id}
     question = [word for word in words if word not in special]
-    tiles, pixels = None, {}
+    tiles = None
     if model.tokens_per_patch:
         size = model.backbone.tile_size
         tiles = torch.randint(256, (1, 3, size, size), generator=generator, dtype=torch.uint8)
-        mean, std, dtype = model.pixel_mean, model.pixel_std, model.base_model.dtype
-        pixels = {"pixel_values": normalise_pixels(tiles, mean, std, dtype)}
     ids = torch.tensor([model.prompt_template.prompt(question, [model.tokens_per_patch] if tiles is not None else [])])
-    ours = model(input_ids=ids, pixel_values=tiles).logits
-    return float((plain(input_ids=ids, **pixels).logits - ours).abs().max())
+    return ids, tiles
 
 
 def original_stage(stage: int, c_thought: int, max_latent_stage: int, method: str) -> StageSpec:

@@ -6,12 +6,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from coconut.types import DataError
+
 if TYPE_CHECKING:
     from coconut.data.collate import MultimodalCollator
     from coconut.data.encode import SampleEncoder
     from coconut.data.image import ImageProcessor
     from coconut.model.coconut import MultimodalCoconut
     from coconut.types import StageSpec
+
+
+def require_fit(model: MultimodalCoconut, name: str, n_tokens: int) -> None:
+    """Raises DataError where a prompt and what may be written after it are more tokens than the decoder has positions.
+
+    Learned positions have no row for them; rotary ones go on, but were never trained there.
+    """
+    most = getattr(model.backbone.text_config, "max_position_embeddings", None)  # GPT-2 answers to this name too
+    if most is not None and n_tokens > most:
+        raise DataError(
+            f"{name}: prompt, thoughts and max_new_tokens come to {n_tokens} tokens, and the model reads {most} "
+            "at most; lower max_new_tokens, or shorten the question"
+        )
 
 
 @dataclass

@@ -210,7 +210,7 @@ def require_folder(out: Path) -> None:
         with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
-        raise ConfigError(f"--out {out}: cannot write to {there} ({error.strerror}); choose another folder") from error
+        raise ConfigError(f"{out}: cannot write to {there} ({error.strerror}); choose another folder") from error
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -24,6 +24,7 @@ from coconut.evaluation.result import SUMMARY_FILE, EvaluationOptions, Evaluatio
 from coconut.types import CheckpointError, ConfigError, DataError
 
 if TYPE_CHECKING:
+    from coconut.data.shards import ShardReader
     from coconut.evaluation.interventions import SampleSource
     from coconut.model.coconut import MultimodalCoconut
 
@@ -88,7 +89,7 @@ def plan_jobs(
             raise ConfigError(
                 f"data {path} does not exist; `python launch/prepare_data.py arrow-maze` makes the demo's"
             )
-    jobs = [Job(path, out / path.stem, options) for path in data]
+    jobs = [Job(path, out / path.resolve().stem, options) for path in data]
     first = jobs[0]
     changes: dict[str, dict[str, Any]] = {}
     if controls:
@@ -155,7 +156,7 @@ def evaluate_checkpoint(
     loaded: Loaded | None = None
     results = []
     for job, source in zip(jobs, sources, strict=True):
-        identity = _identity(checkpoint, job, len(source))
+        identity = _identity(checkpoint, job, source)
         kept = distributed.on_main_first(partial(_kept, job.out, identity, fresh))
         if kept is not None:
             results.append(kept)
@@ -245,11 +246,12 @@ def _config(checkpoint: Path) -> dict[str, Any]:
     return config
 
 
-def _identity(checkpoint: Path, job: Job, n_samples: int) -> dict[str, Any]:
+def _identity(checkpoint: Path, job: Job, source: ShardReader) -> dict[str, Any]:
     """What decides an evaluation's numbers: predictions of another one must not be taken for its own."""
     return {
         "checkpoint": _files(checkpoint),
-        "data": [str(job.data.resolve()), n_samples, *_files(job.data)],
+        # Of a JSON file the folder is its cache, whose name stands for the images too: their paths, sizes and times.
+        "data": [str(job.data.resolve()), len(source), source.directory.name, *_files(job.data)],
         "options": dataclasses.asdict(job.options),
     }
 

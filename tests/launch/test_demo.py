@@ -172,7 +172,7 @@ def test_every_method_on_prosqa(script, start, tmp_path, monkeypatch):
     assert status == 0
     assert [words[1] for words in commands[:7]] == ["prosqa"] * 5 + ["decoder"] * 2
     layers = [words[words.index("--layers") + 1] for words in commands[5:7]]
-    assert layers == ["3", "9"]
+    assert layers == ["3", "21"]
     for words, model in zip(commands[7:9], ("model", "model_deep"), strict=True):
         assert "args/prosqa_recite.yaml" in words and f"model_id={tmp_path / 'out' / model}" in words
     trained = [
