@@ -15,11 +15,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from coconut.data import open_dataset
+from coconut.data import ImageProcessor, open_dataset
 from coconut.evaluation.ask import Settings, ask
 from coconut.evaluation.card import public_config
 from coconut.evaluation.export import compare_logits, is_hub_id
 from coconut.evaluation.loaded import load
+from coconut.model import MultimodalCoconut
 from coconut.model.original import load_original
 from coconut.model.tiny import build_tiny_causal
 from coconut.types import CheckpointError
@@ -125,6 +126,42 @@ def test_what_cannot_work_is_refused_before_the_model_loads(
     assert "(Not a directory)" in capsys.readouterr().err
 
 
+def test_internvl_is_written_as_it_was_published(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from safetensors.torch import load_file
+    from transformers.modeling_utils import save_torch_state_dict
+
+    from coconut.data.stage_text import build_prompt_template, stage_spec
+    from coconut.model.tiny import build_word_tokenizer
+    from tests.model.test_original_internvl import layout
+
+    published, run, out = tmp_path / "published", tmp_path / "run", tmp_path / "out"
+    tokenizer = build_word_tokenizer(("\n", "red", "blue"))
+    config, weights = layout(len(tokenizer))
+    weights = {name: weight.float() for name, weight in weights.items()}
+    config["auto_map"] = {"AutoModel": "modeling_internvl_chat.InternVLChatModel"}
+    tokenizer.save_pretrained(published)
+    save_torch_state_dict(weights, published)
+    (published / "config.json").write_text(json.dumps(config))
+    (published / "modeling_internvl_chat.py").write_text("# the published code\n")
+    model = MultimodalCoconut.from_pretrained(published).float()
+    model.prompt_template, model.stage_spec = build_prompt_template(tokenizer, "plain"), stage_spec(2, c_thought=1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.01)  # as if it had been trained
+    model.save_pretrained(run)
+    tokenizer.save_pretrained(run)
+    ImageProcessor(56, max_num_patches=1).save_pretrained(run)
+    words = ["--checkpoint", str(run), "--out", str(out)]
+    assert script.main([*words, "--original-internvl", str(run)]) == 2
+    assert "is not in InternVL's own format" in capsys.readouterr().err
+    assert script.main([*words, "--original-internvl", str(published)]) == 0
+    written = load_file(out / "original" / "model.safetensors")
+    assert written.keys() == weights.keys()
+    assert torch.allclose(written["mlp1.1.weight"], weights["mlp1.1.weight"] + 0.01)
+    assert json.loads((out / "original" / "config.json").read_text())["architectures"] == ["InternVLChatModel"]
+    assert (out / "original" / "modeling_internvl_chat.py").read_text() == "# the published code\n"
+
+
 def test_no_folder_of_this_machine_is_published() -> None:
     config = {"train_data_path": "/home/me/data/maze/train", "model_id": "a/b", "save_path": "/home/me", "seed": 3}
     assert public_config(config) == {"train_data_path": "maze/train", "model_id": "a/b", "seed": 3}
@@ -218,6 +255,8 @@ def test_what_is_no_checkpoint_of_the_original_is_named(base: Path, tmp_path: Pa
         ([], "give either --checkpoint, or --original"),
         (["--original", "x", "--base", "y"], "--original needs --stage too"),
         (["--original", "nowhere", "--base", "y", "--stage", "1"], "--original nowhere is no file"),
+        (["--original", __file__, "--base", "y", "--stage", "1", "--c-thought", "0"], "--c-thought is 0"),
+        (["--original", __file__, "--base", "y", "--stage", "1", "--eval", "z"], "--eval takes evaluations of a"),
     ],
 )
 def test_a_mistake_gives_one_line(

@@ -123,6 +123,36 @@ def with_choices(maze: Maze, path: Path) -> Path:
     return path
 
 
+def test_other_images_are_another_evaluation(maze: Maze, tmp_path: Path, calls: list[int]) -> None:
+    data = with_choices(maze, tmp_path / "choices.json")
+    other = tmp_path / "other"
+    other.mkdir()
+    for index in range(6):
+        (tmp_path / f"{index}.png").rename(other / f"{(index + 1) % 6}.png")
+    texts = []
+    for root in (other, other, tmp_path):
+        if root == tmp_path:
+            for index in range(6):
+                (other / f"{(index + 1) % 6}.png").rename(tmp_path / f"{index}.png")
+        (result,) = evaluate_checkpoint(
+            maze.checkpoints[4], [Job(data, tmp_path / "out", OPTIONS)], image_root=root, num_threads=1
+        )
+        texts.append([p.prediction for p in result.predictions])
+    assert len(calls) == 4  # two batches each; the second time nothing is asked
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_what_does_not_fit_is_counted_as_failed(maze: Maze, tmp_path: Path) -> None:
+    data = with_choices(maze, tmp_path / "choices.json")
+    records = json.loads(data.read_text())
+    records[3] = {**records[3], "question": "start a4 ? " * 600}
+    data.write_text(json.dumps(records))
+    (result,) = evaluate_checkpoint(maze.checkpoints[4], [Job(data, tmp_path / "out", OPTIONS)], num_threads=1)
+    assert result.n_samples == 6
+    assert [p.index for p in result.predictions if p.error] == [3]
+    assert "the model reads 256 at most" in str(result.predictions[3].error)
+
+
 def test_choices_by_likelihood_are_those_of_the_loss(maze: Maze, tmp_path: Path) -> None:
     from coconut.data import open_dataset
     from coconut.evaluation.loaded import load
@@ -188,6 +218,7 @@ def test_random_signs() -> None:
     assert sign_flip([0.0, 0.0], 0) == 1.0
     assert sign_flip([0.5] * 12, 0) < 0.01
     assert sign_flip([0.5, -0.5] * 6, 0) == 1.0
+    assert sign_flip([0.3] * 10 + [-0.1] * 30, 0) == 1.0  # no difference but for the last digit of the sum
 
 
 def test_what_is_missing_is_named(capsys: pytest.CaptureFixture[str]) -> None:

@@ -111,6 +111,12 @@ def test_images_that_are_not_there_are_not_shuffled(
     assert "none of the first 3 samples has an image" in caplog.text
 
 
+def test_controls_stay_below_out(maze: Maze, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(maze.shards)
+    jobs = plan_jobs(maze.checkpoints[0], [Path()], tmp_path, EvaluationOptions(), controls=True)
+    assert [job.out.relative_to(tmp_path).name for job in jobs] == ["test", "test-images_shuffled"]
+
+
 def test_a_single_job_writes_to_the_folder_itself(maze: Maze, tmp_path: Path) -> None:
     jobs = plan_jobs(maze.checkpoints[0], [maze.shards], tmp_path, EvaluationOptions())
     assert [job.out for job in jobs] == [tmp_path]
