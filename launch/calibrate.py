@@ -24,7 +24,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--config", default="args/demo.yaml", help="run configuration (default: %(default)s)")
-    add("--seconds", type=float, default=45.0, help="how long to measure, loading not counted (default: %(default)s)")
+    add(
+        "--seconds",
+        type=float,
+        default=45.0,
+        help="how long to measure at most, once 40 micro-batches are done (default: %(default)s)",
+    )
     add("overrides", nargs="*", metavar="key=value", help="configuration keys, as for launch/train.py")
     return parser
 

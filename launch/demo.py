@@ -27,7 +27,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +35,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that the script runs from a clone that is not installed
 
+from coconut.evaluation.result import require_folder
+from coconut.types import ConfigError
 from launch.demo_tasks import DEEP_NO_COT, OTHER_METHODS, SINGLE_STAGE, TASKS, Task
 
 CPU_RANKS = 2
@@ -99,6 +101,7 @@ class Demo:
         ours = {"task": self.task.name, "seed": self.seed, "quick": self.quick}
         if marker.exists() and (found := json.loads(marker.read_text())) != ours:
             raise PartError(f"{self.out} holds a demo with {found}, not {ours}: give another --out")
+        require_folder(self.out)
         self.out.mkdir(parents=True, exist_ok=True)
         marker.write_text(json.dumps(ours) + "\n")
 
@@ -283,6 +286,15 @@ def free_port() -> int:
     return port
 
 
+def at_least(least: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r}; give a whole number of at least {least}")
+        return int(text)
+
+    return read
+
+
 def count_gpus() -> int:
     import torch
 
@@ -294,14 +306,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--task", choices=tuple(TASKS), default="arrow-maze", help="default: %(default)s")
     folder = "folder to write (default: runs/demo/seed_SEED or runs/prosqa/..., with --quick runs/demo_quick/...)"
     parser.add_argument("--out", type=Path, help=folder)
-    parser.add_argument("--seed", type=int, default=0, help="of weights and data order (default: %(default)s)")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of weights and data order (default: %(default)s)")
     parser.add_argument(
         "--quick", action="store_true", help="a few steps of every part: shows that it runs, learns nothing"
     )
     rates = "learning rates tried for no-CoT; the best on validation data is evaluated (default: %(default)s)"
     parser.add_argument("--no-cot-lr", type=float, nargs="+", default=[1e-3], metavar="RATE", help=rates)
     processes = f"processes that train together (default: one a GPU, or {CPU_RANKS} on CPUs)"
-    parser.add_argument("--ranks", type=int, help=processes)
+    parser.add_argument("--ranks", type=at_least(1), help=processes)
     engine = "DeepSpeed configuration; zero1.json is twice as fast on one rank (default: %(default)s)"
     parser.add_argument("--deepspeed", type=Path, default=Path("ds_configs/zero3.json"), metavar="FILE", help=engine)
     also = "further methods to train beside Coconut, CoT and no-CoT (docs/methods.md); all of them, if none is named"
@@ -329,7 +341,7 @@ def main(argv: list[str] | None = None) -> int:
         demo.train_no_cot()
         demo.train_others()
         page = demo.report(demo.evaluate())
-    except PartError as error:
+    except (PartError, ConfigError) as error:
         print(f"\ndemo stopped: {error}. Mend it and start again: what is done is kept.", file=sys.stderr)
         return 1
     times = json.loads(demo.times_file.read_text())

@@ -4,7 +4,7 @@
     python launch/evaluate.py --checkpoint RUN --data SHARDS/test SHARDS/test_paths --controls --out RUN/eval
     python launch/evaluate.py ... --latents 0..4                  also with 0, 1, 2, 3, 4 thoughts
     deepspeed launch/evaluate.py ...     or torchrun --nproc-per-node 2: the same numbers from several ranks
-    python launch/evaluate.py --compare RUN_A/eval RUN_B/eval     two evaluations of the same questions, paired
+    python launch/evaluate.py --compare A/eval/test B/eval/test   two evaluations of the same questions, paired
 
 OUT/predictions.jsonl has one line a sample; OUT/summary.json has accuracy with its 95 % interval, generated tokens,
 sequential forward passes and seconds a sample. Several evaluations get a folder each below OUT, named after the data

@@ -84,6 +84,8 @@ def check(arguments: argparse.Namespace) -> None:
     if arguments.original_internvl is not None:
         require_original_internvl(arguments)
     require_folder(arguments.out.parent)
+    if arguments.out.is_dir() and any(arguments.out.iterdir()):
+        raise ConfigError(f"{arguments.out} exists and is not empty; choose another --out, or remove it")
     if arguments.push_to_hub is not None:
         check_push(arguments.push_to_hub)
 

@@ -130,9 +130,9 @@ def run(arguments: argparse.Namespace) -> None:
         )
         print(f"{n_answered} answered, {n_failed} could not be asked: {arguments.output}")
     elif arguments.question is not None:
-        if loaded.processor and not arguments.image:
-            print("note: this model sees images; the question is asked without one (--image)", file=sys.stderr)
         speak(loaded, arguments.question, arguments.image, settings)
+        if loaded.processor and not arguments.image:
+            print("note: this model sees images; the question was asked without one (--image)", file=sys.stderr)
     else:
         converse(loaded, arguments.image, settings)
 
@@ -158,6 +158,8 @@ def converse(loaded: Loaded, images: list[str], settings: Settings, read: Callab
     from dataclasses import replace
 
     print("Type a question, or :help.")
+    if loaded.processor and not images:
+        print("This model sees images: show it one with :image PATH.")
     while True:
         try:
             line = read("> ").strip()

@@ -41,6 +41,7 @@ from coconut.data import arrow_maze, prosqa
 from coconut.data.arrow_maze_files import ensure_arrow_maze
 from coconut.data.converters import columns, sources, textual, visual
 from coconut.data.converters.write import write_split
+from coconut.evaluation.result import require_folder
 from coconut.types import CoconutError, ConfigError, DataError, Sample
 from launch.prepare_models import ensure_decoder, ensure_model
 
@@ -71,6 +72,7 @@ def prepare_arrow_maze(
     if size % (2 * arrow_maze.GRID):
         raise ConfigError(f"--size {size} is not a multiple of {2 * arrow_maze.GRID} (two patches for each of 4 cells)")
     model_out = model_out or out / "model"
+    require_folder(out)
     with _alone(out):
         begin = time.perf_counter()
         made = ensure_arrow_maze(out, seed=seed, cell_px=size // arrow_maze.GRID, sizes=sizes, force=force)
@@ -147,6 +149,9 @@ def _converter(
 
 
 def _run_converter(convert: Callable[[argparse.Namespace], Iterable[Sample]], arguments: argparse.Namespace) -> None:
+    if arguments.limit is not None and arguments.limit < 1:
+        raise ConfigError(f"--limit is {arguments.limit}; give a number of at least 1, or leave it out for all")
+    require_folder(arguments.out)
     begin = time.perf_counter()
     number = write_split(islice(convert(arguments), arguments.limit), arguments.out, arguments.split)
     _say(f"{arguments.out / arguments.split}.json: {number} samples", begin)
@@ -252,15 +257,20 @@ def _add_gsm8k(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     _add_hub(parser, "zen-E/GSM8k-Aug")
 
 
+_OF_GENERATION = ("size", "nodes", "names", "even", "terse", "recite")
+
+
 def _add_prosqa(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     def convert(arguments: argparse.Namespace) -> Iterable[Sample]:
+        if arguments.recite and arguments.picture:
+            raise ConfigError("--recite reads statements out of a text; leave out --picture")
         if arguments.generate:
             size = arguments.size if arguments.size is not None else prosqa.SPLIT_SIZES[arguments.split]
             drawn = prosqa.generate(
                 arguments.split,
                 size,
                 arguments.seed,
-                arguments.nodes,
+                prosqa.N_NODES if arguments.nodes is None else arguments.nodes,
                 arguments.names,
                 arguments.even,
                 arguments.terse,
@@ -268,6 +278,9 @@ def _add_prosqa(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
             )
             rows: Iterable[tuple[str, sources.Row]] = ((f"generated:{i}", row) for i, row in enumerate(drawn))
         else:
+            given = [f"--{name}" for name in _OF_GENERATION if getattr(arguments, name) not in (None, False)]
+            if given:
+                raise ConfigError(f"{', '.join(given)} decide what --generate draws: give that too, or leave them out")
             file = {"val": "valid"}.get(arguments.split, arguments.split)
             download = "download data/ of github.com/facebookresearch/coconut, or use --generate"
             rows = _rows(arguments, [f"prosqa_{file}.json"], download)
@@ -280,7 +293,7 @@ def _add_prosqa(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.add_argument("--picture", action="store_true", help="draw the graph, and ask the closing question alone")
     parser.add_argument("--size", type=int, help="problems to generate (default: the public split's number)")
     parser.add_argument("--seed", type=int, default=0, help="decides what is generated (default: %(default)s)")
-    parser.add_argument("--nodes", type=int, default=prosqa.N_NODES, help="nodes of a graph (default: %(default)s)")
+    parser.add_argument("--nodes", type=int, help=f"nodes of a graph (default: {prosqa.N_NODES})")
     names = f"names of concepts in use, half as many of entities (default: all {len(prosqa.CONCEPTS)})"
     parser.add_argument("--names", type=int, help=names)
     even = "the wrong answer lies as deep as the right one, so that only following edges tells them apart"

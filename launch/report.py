@@ -16,6 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that the script runs from a clone that is not installed
 
+from coconut.evaluation.result import require_folder
 from coconut.types import CoconutError, ConfigError
 
 
@@ -49,6 +50,8 @@ def make_report(arguments: argparse.Namespace) -> Path:
     """Read what the arguments name, and write the page."""
     if not arguments.folders and not arguments.out:
         raise ConfigError("give a FOLDER to report on, or --out with --run and --eval")
+    if arguments.out:
+        require_folder(arguments.out)
     for folder in arguments.folders:
         if not folder.is_dir():
             raise ConfigError(f"{folder} is no folder")

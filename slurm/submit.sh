@@ -73,6 +73,11 @@ submit_chain() {
 # Ask the scheduler about a submission without making it.
 check() {
   local answer
+  if ! command -v sbatch > /dev/null; then
+    [ "$action" = dry-run ] || fail "sbatch is not here: submit where SLURM is installed" 2
+    say "no scheduler here, so none was asked"
+    return
+  fi
   mkdir -p slurm/logs
   answer=$(sbatch --test-only "${@:2}" 2>&1) || fail "the scheduler would refuse this: ${answer//$'\n'/; }" 2
   say "${answer##*sbatch: }"

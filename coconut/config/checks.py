@@ -10,6 +10,7 @@ from coconut.config.data_paths import data_mixture
 from coconut.config.faults import Fault, Note
 from coconut.types import STAGED_METHODS
 
+SPLITS = ("val", "test")  # that converters write only when they are asked for them
 #: Folder that a command makes -> the command.
 RECIPES = {
     "data/arrow_maze": "python launch/prepare_data.py arrow-maze",
@@ -190,5 +191,7 @@ def looks_local(model_id: str) -> bool:
 def _recipe(path: str) -> str | None:
     for folder, command in RECIPES.items():
         if Path(path).is_relative_to(folder):
-            return f"make it with `{command}`"
+            stem = Path(path).stem
+            split = f" --split {stem}" if command.startswith("python launch/prepare_data.py") and stem in SPLITS else ""
+            return f"make it with `{command}{split}`"
     return None

@@ -144,7 +144,7 @@ def _text(path: Path) -> str:
 
 
 def _neighbours(path: Path) -> str:
-    names = ", ".join(str(file) for file in sorted(path.parent.glob("*.yaml")))
+    names = ", ".join(str(file) for file in sorted(path.parent.glob("[!.]*.yaml")))
     return f"; there are {names}" if names else ""
 
 

@@ -87,6 +87,10 @@ def read_records(path: str | Path) -> Iterator[tuple[int, Any]]:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise DataError(f"data file {path} does not exist") from None
+    except IsADirectoryError:
+        raise DataError(
+            f"data file {path} is a folder; a JSON or JSONL file is read here, shards by open_dataset"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"data file {path} cannot be read as UTF-8 text: {error}") from None
     if path.suffix in (".jsonl", ".ndjson"):

@@ -75,12 +75,21 @@ def init_distributed_training(force: bool = False, timeout_s: float = 1800.0) ->
     prepare_native_builds()
     import deepspeed
 
-    deepspeed.init_distributed(
-        dist_backend="nccl" if use_gpu else "gloo",
-        auto_mpi_discovery=False,
-        verbose=False,
-        timeout=timedelta(seconds=timeout_s),
-    )
+    try:
+        deepspeed.init_distributed(
+            dist_backend="nccl" if use_gpu else "gloo",
+            auto_mpi_discovery=False,
+            verbose=False,
+            timeout=timedelta(seconds=timeout_s),
+        )
+    except torch.distributed.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        port = os.environ["MASTER_PORT"]
+        raise ConfigError(
+            f"port {port} is taken, by another run on this machine perhaps: give deepspeed, or torchrun, another one "
+            f"with --master_port {int(port) + 1}"
+        ) from error
     if not use_gpu:
         _forget_shared_memory()
         atexit.register(time.sleep, GLOO_RELEASES_S)

@@ -2,7 +2,8 @@
 
     python docs/examples/basic_usage.py [CONFIG.yaml [key=value ...]]
 
-`launch/train.py` does the same under a launcher, with more checks before the model is loaded.
+`launch/train.py` does the same under a launcher, with more checks before the model is loaded. The data is a JSON or
+JSONL file here; of shards `coconut.data.open_dataset` gives the samples.
 """
 
 import sys

@@ -11,6 +11,8 @@ from PIL import Image
 from coconut import MultimodalCoconut, load_tokenizer
 from coconut.data import ImageProcessor
 
+if len(sys.argv) < 3:
+    sys.exit(__doc__)
 checkpoint, image_path = sys.argv[1:3]
 question = sys.argv[3] if len(sys.argv) > 3 else "What is happening in this image?"
 

