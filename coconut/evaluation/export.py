@@ -107,6 +107,8 @@ def export_original_internvl(out: Path, original: Path) -> float:
 
     config = read_original_config(original)
     model = MultimodalCoconut.from_pretrained(out)
+    dtype = str(model.base_model.dtype).removeprefix("torch.")
+    config |= {"torch_dtype": dtype, "llm_config": {**config["llm_config"], "torch_dtype": dtype}}
     folder = out / "original"
     export_original(model.base_model.state_dict(), config, folder)
     load_tokenizer(out).save_pretrained(folder)
@@ -114,7 +116,7 @@ def export_original_internvl(out: Path, original: Path) -> float:
         is_weights = file.name.endswith((".safetensors", ".bin", ".index.json"))
         if file.is_file() and not is_weights and not (folder / file.name).exists():
             shutil.copy(file, folder)
-    again = MultimodalCoconut.from_pretrained(folder).to(model.base_model.dtype).eval()
+    again = MultimodalCoconut.from_pretrained(folder)
     again.prompt_template = model.prompt_template
     with torch.no_grad():
         ids, tiles = _example(model)

@@ -12,7 +12,7 @@ from coconut.config import create_config_from_template, load_config
 
 ARGS = (
     *("base", "coconut", "cot", "debug", "demo", "eval", "large", "multimodal_coconut"),
-    *("prosqa_gpt2", "prosqa_small"),
+    *("prosqa_gpt2", "prosqa_recite", "prosqa_small"),
 )
 ENGINES = {"zero1": 1, "zero2": 2, "zero3": 3, "zero3_offload": 3}
 

@@ -202,6 +202,9 @@ def test_prosqa_of_the_public_layout(convert, fails, tmp_path) -> None:
     assert len(drawn.images) == 1
     (tmp_path / "out" / "val.json").unlink()
     assert "use --generate" in fails("prosqa")
+    assert "--nodes, --even decide what --generate draws" in fails("prosqa", "--even", "--nodes", "12")
+    assert "leave out --picture" in fails("prosqa", "--generate", "--recite", "--picture")
+    assert "--limit is -4" in fails("prosqa", "--generate", "--limit", "-4")
 
 
 def test_columns_of_json_and_a_missing_one(main, tmp_path, capsys) -> None:

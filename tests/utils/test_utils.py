@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -226,8 +227,34 @@ class TestTokenizer:
             load_tokenizer(name)
         assert repr(str(name)) in str(error.value)
         assert ("read as a folder" if kind == "folder" else "read as a hub id") in str(error.value)
-        assert "Set model_id to" in str(error.value)
+        assert "Give (model_id, --checkpoint)" in str(error.value)
 
     def test_an_empty_name(self) -> None:
         with pytest.raises(ConfigError, match="set model_id"):
             load_tokenizer("")
+
+
+def test_a_port_that_is_taken_is_one_line(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("0.0.0.0", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        launched = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        done = subprocess.run(
+            [sys.executable, "-c", TAKEN_PORT],
+            env=os.environ | launched | {"MASTER_PORT": str(port)},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+    assert f"port {port} is taken" in done.stdout and f"--master_port {port + 1}" in done.stdout, done.stderr[-2000:]
+
+
+TAKEN_PORT = """
+from coconut.types import ConfigError
+from coconut.utils.distributed import init_distributed_training
+try:
+    init_distributed_training(force=True)
+except ConfigError as error:
+    print(error)
+"""
