@@ -105,12 +105,13 @@ def frontier(study: Study, limit: int) -> dict[str, Any] | None:
         # A question of k steps has no written step left after k thoughts.
         chosen = [i for i, graph in enumerate(known) if len(graph.path) - 1 > k]
         found = dict(zip(chosen, _probabilities(study, [known[i] for i in chosen], chosen, k * c_thought), strict=True))
-        rows.append(_row(k, [known[i] for i in chosen], [found[i] for i in chosen]))
-        seen[k] = found
+        row = _row(k, [known[i] for i in chosen], [found[i] for i in chosen])
+        rows.append({"thoughts": k * c_thought, **row})
+        seen[k * c_thought] = found
     if not rows:
         return None
     # Wide graphs have something to choose from: those with the most nodes in reach.
-    widest = sorted(seen[1], key=lambda i: (-len(set().union(*known[i].layers())), i))[:2]
+    widest = sorted(seen[c_thought], key=lambda i: (-len(set().union(*known[i].layers())), i))[:2]
     examples = [
         _example(study.samples[i], known[i], {k: found[i] for k, found in seen.items() if i in found}) for i in widest
     ]
@@ -164,7 +165,6 @@ def _row(k: int, graphs: Sequence[Graph], found: Sequence[dict[str, float]]) -> 
         sizes.append(len(reached))
     n = len(graphs)
     return {
-        "thoughts": k,
         "n": n,
         "reached": sum(sizes) / n,
         "path": path / n,

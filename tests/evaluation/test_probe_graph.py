@@ -86,6 +86,16 @@ def test_the_search_is_what_a_plain_forward_pass_gives(samples: list[Sample], ch
             assert share == pytest.approx(float(torch.tensor(expected).exp()), abs=2e-4)
 
 
+def test_several_thoughts_a_step_are_counted_one_by_one(samples: list[Sample], checkpoint: Path) -> None:
+    loaded = load(checkpoint)
+    loaded.spec = stage_spec(3, c_thought=2, pad_latent_to_max=True)
+    study = Study(loaded, ListSource(samples), limit=None, batch_size=5, max_new_tokens=4, seed=0)
+    found = frontier(study, limit=12)
+    assert found is not None
+    assert [row["thoughts"] for row in found["rows"]][:2] == [2, 4]
+    assert list(found["examples"][0]["shares"])[:2] == ["2", "4"]
+
+
 def test_each_node_is_counted_once(samples: list[Sample], checkpoint: Path) -> None:
     study = Study(load(checkpoint), ListSource(samples), limit=None, batch_size=5, max_new_tokens=4, seed=0)
     found = frontier(study, limit=12)
