@@ -6,6 +6,7 @@ import dataclasses
 import json
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -42,6 +43,7 @@ class Scripted:
     device = torch.device("cpu")
     latent_ids = special_token_ids(TOKENIZER)
     eos_token_id = TOKENIZER.eos_token_id
+    backbone = SimpleNamespace(text_config=SimpleNamespace(max_position_embeddings=1024))
 
     def __init__(self, speak: Any) -> None:
         self.speak = speak
