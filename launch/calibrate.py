@@ -28,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--seconds",
         type=float,
         default=45.0,
-        help="how long to measure at most, once 40 micro-batches are done (default: %(default)s)",
+        help="how long to measure, 40 micro-batches at least; loading not counted (default: %(default)s)",
     )
     add("overrides", nargs="*", metavar="key=value", help="configuration keys, as for launch/train.py")
     return parser
